@@ -1,0 +1,34 @@
+# Everything runs from .venv, which the first target that needs it makes. Nothing is needed before but Python >= 3.11.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Two workers on two cores; each pins its maths to one thread so that ranks do not fight for them.
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+
+.PHONY: install lint test soak bench demo clean
+.DEFAULT_GOAL := test
+
+install: $(STAMP)
+
+# torch first and by its exact pin: any looser request, also one made through a dependency, may bring the CUDA build.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not soak"
+
+soak: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --timeout 3600 -m "soak"
+
+clean:
+	rm -rf $(VENV)
