@@ -1,0 +1,79 @@
+"""Small agreements between ranks, which also work where there is no process group.
+
+All of them are collective: every rank calls them, in the same order. A world of one answers at once. They move a few
+bytes; parameters and gradients travel elsewhere.
+"""
+
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from forgather.errors import DistributedError
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """This process's number, 0 where there is no group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes there are, 1 where there is no group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Return when every rank has called it."""
+    # A reduction of one CPU number instead of dist.barrier: NCCL's would synchronise the device.
+    sum_ranks(torch.zeros(1))
+
+
+def agree(ok: bool) -> bool:
+    """Whether `ok` is true on every rank."""
+    return int(sum_ranks(torch.tensor(0 if ok else 1))) == 0
+
+
+def sum_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """Sum `tensor` over the ranks, in place, and return it."""
+    if world_size() > 1:
+        dist.all_reduce(tensor, dist.ReduceOp.SUM, group=group)
+    return tensor
+
+
+def max_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """Take the element-wise maximum of `tensor` over the ranks, in place, and return it."""
+    if world_size() > 1:
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=group)
+    return tensor
+
+
+def broadcast_object(value: T, source: int = 0) -> T:
+    """The value that rank `source` passed, on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=source)
+    return box[0]
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every rank's value, in order of rank, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[T | None] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values  # type: ignore[return-value]  # all_gather_object has filled every place
+
+
+def require_equal(what: str, value: str) -> None:
+    """Raise DistributedError on every rank unless all pass the same `value`; the error names who differs."""
+    values = gather_objects(value)
+    differing = [number for number, other in enumerate(values) if other != values[0]]
+    if differing:
+        shown = ", ".join(f"rank {number}: {values[number]}" for number in [0, *differing[:4]])
+        raise DistributedError(
+            f"{what} is not the same on all ranks ({shown})",
+            fix="start every rank with the same command, project files and environment",
+        )

@@ -1,0 +1,107 @@
+"""The place of this process among its peers: rank, device, process group.
+
+A process started by torchrun (`RANK` is set) joins its group; any other is a world of one and needs no group, no port
+and no environment variable.
+"""
+
+import os
+from datetime import timedelta
+from types import TracebackType
+from typing import Self
+
+import torch
+import torch.distributed as dist
+
+from forgather.errors import DistributedError
+
+
+class Environment:
+    """This process's rank, world and device; joins the process group that torchrun describes.
+
+    `device` is `auto` (CUDA where there is one, else the CPU), `cpu` or `cuda`, where each local rank takes its own.
+    `threads` sets the number of threads of one operation on the CPU; null keeps what `OMP_NUM_THREADS` says.
+    `timeout_s` bounds how long a collective waits for a rank that has stopped answering.
+    `deterministic` refuses operations that may give other bits on the same input.
+
+    A group that already exists (a test's, or a notebook's) is used and left open by `close`.
+    """
+
+    def __init__(
+        self,
+        device: str = "auto",
+        threads: int | None = None,
+        timeout_s: float = 600.0,
+        deterministic: bool = False,
+    ) -> None:
+        self.rank = dist.get_rank() if dist.is_initialized() else _read_number("RANK", 0)
+        self.world_size = dist.get_world_size() if dist.is_initialized() else _read_number("WORLD_SIZE", 1)
+        self.local_rank = _read_number("LOCAL_RANK", 0)
+        self.device = _choose_device(device, self.local_rank)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        if deterministic:
+            # cuBLAS reads this once, at its first call; without it deterministic mode raises there.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        self._owns_group = "RANK" in os.environ and not dist.is_initialized()
+        if self._owns_group:
+            # Gloo serves beside NCCL: small agreements between ranks then need no device synchronisation.
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
+                timeout=timedelta(seconds=timeout_s),
+                device_id=self.device if self.device.type == "cuda" else None,
+            )
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one rank that prints and writes what all share."""
+        return self.rank == 0
+
+    def describe(self) -> str:
+        processes = "1 process" if self.world_size == 1 else f"{self.world_size} processes"
+        if self.device.type == "cuda":
+            return f"{processes} on {torch.cuda.get_device_name(self.device)}"
+        threads = torch.get_num_threads()
+        return f"{processes} on {self.device.type}, {threads} thread{'s' if threads != 1 else ''} each"
+
+    def close(self) -> None:
+        """Leave the process group that this environment joined."""
+        if self._owns_group and dist.is_initialized():
+            dist.destroy_process_group()
+        self._owns_group = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def _read_number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise DistributedError(
+            f"the environment variable {name} is {text!r}, not a number", fix="start the ranks with torchrun"
+        )
+    return int(text)
+
+
+def _choose_device(device: str, local_rank: int) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        return torch.device("cpu")
+    if device != "cuda":
+        raise DistributedError(f"device is {device!r}", fix="use auto, cpu or cuda")
+    if not torch.cuda.is_available():
+        raise DistributedError(
+            "device is cuda, but this torch sees no CUDA device", fix="use device=cpu or device=auto"
+        )
+    if local_rank >= torch.cuda.device_count():
+        raise DistributedError(
+            f"local rank {local_rank} has no device of its own: this machine has {torch.cuda.device_count()}",
+            fix=f"start at most {torch.cuda.device_count()} processes on it",
+        )
+    return torch.device("cuda", local_rank)
