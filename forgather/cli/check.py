@@ -1,0 +1,35 @@
+"""`forgather check`: every name, argument and reference of a config, without building anything."""
+
+from forgather.cli.options import Options
+from forgather.cli.parser import CommandParser
+from forgather.cli.terminal import print_error
+from forgather.config.project import Project, find_project, list_configs
+from forgather.errors import EXIT_OK, ForgatherError
+
+SUMMARY = "Check names, arguments and references without building anything"
+NEEDS_CONFIG = True
+
+
+def configure(parser: CommandParser) -> None:
+    """One config or all of them."""
+    parser.add_argument("--all", action="store_true", help="check every config of the project")
+
+
+def run(options: Options) -> int:
+    """Print `ok` for each sound config; raise for the one that is not, or with --all report each and return 2."""
+    if not options.all:
+        options.project.check()
+        print(f"{options.project.config_name}: ok")
+        return EXIT_OK
+    code = EXIT_OK
+    for name in list_configs(find_project(options.project_dir)):
+        try:
+            project = Project(options.project_dir, name, args=options.arguments, set=options.words)
+            project.check()
+        except ForgatherError as error:
+            print(f"{name}: broken")
+            print_error(error)
+            code = error.exit_code
+        else:
+            print(f"{name}: ok")
+    return code

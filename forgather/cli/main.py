@@ -1,0 +1,109 @@
+"""Where every command starts: finds the command, runs it, and turns errors into text and an exit code.
+
+Nothing but the table of commands is imported before the command is known, so that help is instant.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from forgather.cli.commands import COMMANDS
+from forgather.errors import EXIT_OK, ForgatherError
+
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+USAGE = "usage: forgather [-p DIR] [-t CONFIG] COMMAND [flags] [key.path=value ...]"
+HELP = """
+Trains language models from configuration.
+
+commands:
+{commands}
+
+options:
+  -p, --project DIR     project folder, or any folder below it (default: the working directory)
+  -t, --config CONFIG   config of the project (default: the project's default)
+  --version             show the version
+  -h, --help            show this help; `forgather COMMAND --help` shows the flags of a command and of the config
+
+-p and -t may stand before or after the command. `key.path=value` overrides one value of the config."""
+
+_TAKE_VALUE = ("-p", "--project", "-t", "--config")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _run_as_rank(arguments) if "RANK" in os.environ else _dispatch(arguments)
+        sys.stdout.flush()
+    except ForgatherError as error:
+        from forgather.cli.terminal import print_error
+
+        print_error(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader (`| head`) has gone. Python flushes stdout once more on its way out: give it somewhere to write.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    return code
+
+
+def _run_as_rank(arguments: Sequence[str]) -> int:
+    """One of several processes that torchrun started: they give one message between them, not one each."""
+    from forgather.cli.terminal import print_error
+    from forgather.distributed.failure import one_message
+
+    return one_message(lambda: _dispatch(arguments), print_error)
+
+
+def _dispatch(arguments: Sequence[str]) -> int:
+    place = _place_of_command(arguments)
+    before = arguments[:place]
+    if "--version" in before:
+        from forgather import __version__
+
+        print(f"forgather {__version__}")
+        return EXIT_OK
+    if "-h" in before or "--help" in before or not arguments:
+        print(top_level_help())
+        return EXIT_OK
+
+    from forgather.cli.parser import UsageError, unknown
+
+    stray = next((word for word in before if word.startswith("-") and not _is_selection(word)), None)
+    if stray is not None:
+        raise UsageError(f"{stray} stands before the command", fix="only -p and -t may; put it behind the command")
+    if place == len(arguments):
+        raise unknown("command", "", COMMANDS)
+    name = arguments[place]
+    if name not in COMMANDS:
+        raise unknown("command", name, COMMANDS)
+    from forgather.cli.options import read_options
+
+    options = read_options(name, [*before, *arguments[place + 1 :]], argv=arguments)
+    if options is None:  # --help was asked for, and given
+        return EXIT_OK
+    code: int = options.command.run(options)
+    return code
+
+
+def _place_of_command(arguments: Sequence[str]) -> int:
+    """Index of the first word that is neither a flag nor the value of one; the number of arguments if there is none."""
+    place = 0
+    while place < len(arguments) and arguments[place].startswith("-"):
+        place += 2 if arguments[place] in _TAKE_VALUE else 1
+    return min(place, len(arguments))
+
+
+def _is_selection(word: str) -> bool:
+    return word.partition("=")[0] in _TAKE_VALUE or (word[:2] in ("-p", "-t") and not word.startswith("--"))
+
+
+def top_level_help() -> str:
+    """The table of commands and the flags that all of them share."""
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items())
+    return USAGE + "\n" + HELP.format(commands=commands)
