@@ -1,0 +1,1 @@
+"""From text to batches: tokenizers, sources, prepared shards, packed blocks, their order, and the loader."""
