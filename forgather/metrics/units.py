@@ -1,0 +1,18 @@
+"""The unit of each metric by its name, for the header of the record and the columns of the console."""
+
+UNITS: dict[str, str] = {
+    "loss": "nats/token",
+    "perplexity": "1",
+    "accuracy": "1",
+    "grad_norm": "1",
+    "lr": "1",
+    "tokens": "tokens",
+    "tokens_per_s": "tokens/s",
+    "step_s": "s",
+    "data_wait_s": "s",
+    "seconds": "s",
+    "peak_memory_bytes": "bytes",
+    "mfu": "1",
+    "epoch": "passes over the train tokens",
+    "time": "s since 1970-01-01 UTC",
+}
