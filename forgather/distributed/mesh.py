@@ -64,7 +64,8 @@ def _resolve(world_size: int, replicate: Size, shard: Size) -> tuple[int, int]:
         replicate = max(1, world_size // shard)
     elif shard == "auto":
         shard = max(1, world_size // replicate)
-    assert replicate != "auto" and shard != "auto"
+    assert replicate != "auto"
+    assert shard != "auto"
     if replicate * shard != world_size:
         pairs = [(n, world_size // n) for n in range(1, world_size + 1) if world_size % n == 0]
         raise DistributedError(

@@ -1,0 +1,155 @@
+"""How the failure of one rank becomes the one message of a run.
+
+A rank that fails leaves a record in the folder that the launcher named; the launcher prints the record of the rank
+that failed first, and nothing else. Without our launcher (plain torchrun) the ranks settle among themselves which of
+them failed first, and that one prints. Nothing here imports torch before something has failed.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from forgather.errors import EXIT_INTERNAL, ForgatherError
+
+FOLDER_VARIABLE = "FORGATHER_FAILURES"  # set by the launcher for its ranks
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What one rank says about its end. `traceback` is None for errors that the user can mend."""
+
+    rank: int
+    world_size: int
+    host: str
+    time: float  # seconds since the epoch
+    message: str
+    fix: str | None
+    traceback: str | None
+    exit_code: int
+
+    @classmethod
+    def of(cls, error: BaseException) -> Self:
+        """The failure of this rank by `error`."""
+        user = error if isinstance(error, ForgatherError) else None
+        return cls(
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ.get("WORLD_SIZE", "1")),
+            host=socket.gethostname(),
+            time=time.time(),
+            message=user.message if user else "".join(traceback.format_exception_only(error)).strip(),
+            fix=user.fix if user else None,
+            traceback=None if user else "".join(traceback.format_exception(error)),
+            exit_code=user.exit_code if user else EXIT_INTERNAL,
+        )
+
+    def write(self, folder: Path) -> None:
+        """Leave the record where the launcher looks; whole or not at all."""
+        # Ranks may be restarted by the agent: the records of an earlier attempt stay apart.
+        name = f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-rank-{self.rank}.json"
+        partial = folder / f".{name}.partial"
+        partial.write_text(json.dumps(asdict(self)))
+        partial.rename(folder / name)
+
+    def error(self) -> ForgatherError:
+        """The failure as the error that the whole run ends with."""
+        error = ForgatherError(f"rank {self.rank} of {self.world_size}: {self.message}", fix=self.fix)
+        error.exit_code = self.exit_code
+        return error
+
+
+def read_failures(folder: Path) -> list[Failure]:
+    """The records of the last attempt, first failure first."""
+    attempts: dict[int, list[Failure]] = {}
+    for path in folder.glob("attempt-*-rank-*.json"):
+        attempt = int(path.name.split("-")[1])
+        attempts.setdefault(attempt, []).append(Failure(**json.loads(path.read_text())))
+    return sorted(attempts[max(attempts)], key=lambda failure: failure.time) if attempts else []
+
+
+def first_failure(records: list[Failure], killed: Mapping[int, int], world_size: int) -> Failure | None:
+    """The failure that the others follow from; `killed` maps ranks that a signal ended to its number.
+
+    A rank that is killed leaves no record, and its peers' lost connections do. So it comes before internal errors, but
+    not before an error that says what the user can do.
+    """
+    silent = {rank: number for rank, number in killed.items() if all(record.rank != rank for record in records)}
+    if silent and not any(record.traceback is None for record in records):
+        rank = min(silent)
+        name = signal.Signals(silent[rank]).name
+        fix = "if nobody killed it, memory ran out: `dmesg` says so; use fewer rows per forward or fewer data workers"
+        return Failure(
+            rank=rank,
+            world_size=world_size,
+            host=socket.gethostname(),
+            time=time.time(),
+            message=f"killed by {name}",
+            fix=fix if name == "SIGKILL" else None,
+            traceback=None,
+            exit_code=EXIT_INTERNAL,
+        )
+    return records[0] if records else None
+
+
+class OneMessage:
+    """Around the body of a rank: a failure is recorded, or printed once for all ranks, and ends the process."""
+
+    def __init__(self, print_error: Callable[[ForgatherError], None]) -> None:
+        self.print_error = print_error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if not isinstance(error, Exception):  # no failure, or one that is meant: SystemExit, KeyboardInterrupt
+            return
+        failure = Failure.of(error)
+        folder = os.environ.get(FOLDER_VARIABLE)
+        if folder is not None:
+            failure.write(Path(folder))
+        elif _is_first():
+            if failure.traceback is not None:
+                print(failure.traceback, file=sys.stderr)
+            self.print_error(failure.error())
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # At once: the peers wait in collectives until torchrun sees this process end, and taking down a process group
+        # whose peers are lost can hang or shout.
+        os._exit(failure.exit_code)
+
+
+def _is_first() -> bool:
+    """Whether this rank is the first that asks; ranks of all hosts ask the store of torchrun's agent."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True  # nobody to ask: better twice than never
+    from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]  # not listed in its __all__
+
+    try:
+        store = TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=10)
+        )
+        return store.add(f"forgather/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1) == 1
+    except DistError:  # the agent has gone
+        return True
+
+
+def die_with_parent() -> None:
+    """End this process when its parent dies, however the parent dies. Linux only; elsewhere nothing happens.
+
+    torchrun's workers live in sessions of their own, so a killed agent would leave them training, and writing
+    checkpoints beside those of the run's next start.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,0 +1,102 @@
+"""The loss of a causal language model: the sum of cross-entropy over the target tokens of a batch.
+
+The logits of a batch are the largest tensor of a step (rows x vocabulary). Where the model's logits are nothing but
+`hidden @ head.weight.T`, they are never made: the head is asked for the loss instead, and computes it in chunks of
+rows together with its gradient. Shapes: B rows, L tokens, N = B L, D hidden size, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from forgather.data.batch import Batch
+from forgather.distributed.fsdp import reshard
+from forgather.errors import ModelError
+from forgather.trainers.linear_cross_entropy import linear_cross_entropy
+
+IGNORED = -100
+
+
+class CausalLoss:
+    """`loss(batch)` is the sum of the model's cross-entropy over the batch's target tokens: 0-d, fp32.
+
+    The head computes the loss itself where an inspection of `model` finds that allowed; else logits are made.
+    `chunk_rows` is how many rows of logits exist at a time. Making one is collective: the inspection runs a forward.
+    """
+
+    def __init__(self, model: PreTrainedModel, chunk_rows: int = 512) -> None:
+        self.model = model
+        self.chunk_rows = chunk_rows
+        self.reason_for_logits = find_reason_for_logits(model)
+        self._loss = self._from_head if self.reason_for_logits is None else self._from_logits
+
+    def describe(self) -> str:
+        if self.reason_for_logits is None:
+            return f"linear cross-entropy, {self.chunk_rows} rows at a time"
+        return f"cross-entropy of full logits ({self.reason_for_logits})"
+
+    def __call__(self, batch: Batch) -> Tensor:
+        return self._loss(batch)
+
+    def _from_logits(self, batch: Batch) -> Tensor:
+        logits_NV = self._forward(batch).flatten(0, 1).float()
+        return F.cross_entropy(logits_NV, batch.targets.flatten(), ignore_index=IGNORED, reduction="sum")
+
+    def _from_head(self, batch: Batch) -> Tensor:
+        head = self.model.get_output_embeddings()
+        targets_N = batch.targets.flatten()
+
+        def compute_loss(hidden_BLD: Tensor) -> Tensor:
+            return linear_cross_entropy(hidden_BLD.flatten(0, 1), head.weight, targets_N, self.chunk_rows)
+
+        # Inside the model's forward, where FSDP has gathered the head's weight.
+        with replaced_forward(head, compute_loss):
+            return self._forward(batch)
+
+    def _forward(self, batch: Batch) -> Tensor:
+        # position_ids restart at each document; the model keeps documents apart by them.
+        return self.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+
+
+def find_reason_for_logits(model: PreTrainedModel) -> str | None:
+    """Why the logits of `model` are more than `hidden @ head.weight.T`, or None when they are just that.
+
+    Looks at the head, then runs two tokens and sees whether the model's logits are the very tensor that the head
+    returned. All ranks call it. Raises ModelError for a model without a head.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ModelError(
+            f"{type(model).__name__} has no output embeddings", fix="train a causal language model (one with a head)"
+        )
+    if type(head).forward is not nn.Linear.forward:
+        return f"the head is a {type(head).__name__}"
+    if head.bias is not None:
+        return "the head has a bias"
+    if head._forward_hooks or head._forward_pre_hooks:
+        return "the head has hooks"
+    returned: list[Tensor] = []
+    hook = head.register_forward_hook(lambda _module, _args, output: returned.append(output))
+    token = torch.zeros((1, 2), dtype=torch.int64, device=next(model.parameters()).device)
+    with torch.no_grad():
+        logits = model(input_ids=token, use_cache=False).logits
+    hook.remove()
+    reshard(model)
+    if len(returned) != 1 or logits is not returned[0]:
+        return "the model changes the logits after its head"
+    return None
+
+
+@contextmanager
+def replaced_forward(module: Any, function: Callable[..., Any]) -> Iterator[None]:
+    """Within, calling `module` calls `function`; its hooks still run."""
+    module.forward = function  # shadows the method of the class
+    try:
+        yield
+    finally:
+        del module.forward
