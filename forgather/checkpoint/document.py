@@ -1,0 +1,70 @@
+"""A nested state as JSON and named tensors.
+
+Hooks, the loader and the generators of random numbers have states of any shape: dicts of numbers, lists, here and
+there a tensor. Tensors go where all tensors go, under a name made of their path, and may be sharded; the rest is
+JSON. No pickle: opening a checkpoint runs no code, and what cannot be kept is refused when it is saved, not when it is
+needed.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import torch
+
+from forgather.errors import CheckpointError
+
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
+
+# Marks a JSON object that stands for something else than a dict with string keys.
+_TENSOR, _TUPLE, _ITEMS, _FLOAT = "__tensor__", "__tuple__", "__items__", "__float__"
+
+
+def split(value: Any, path: str) -> tuple[Json, dict[str, torch.Tensor]]:
+    """`value` as JSON, and its tensors by name; names begin with `path`. `join` is the inverse.
+
+    Takes None, bool, int, float, str, lists, tuples, dicts with str or int keys, and tensors.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+
+    def convert(value: Any, path: str) -> Json:
+        if isinstance(value, torch.Tensor):
+            assert path not in tensors, f"two tensors have the path {path}"
+            tensors[path] = value
+            return {_TENSOR: path}
+        if isinstance(value, float) and not math.isfinite(value):
+            return {_FLOAT: str(value)}  # JSON has no infinity, and not every reader takes Python's
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        if isinstance(value, list):
+            return [convert(item, f"{path}/{number}") for number, item in enumerate(value)]
+        if isinstance(value, tuple):
+            return {_TUPLE: [convert(item, f"{path}/{number}") for number, item in enumerate(value)]}
+        if isinstance(value, Mapping) and all(isinstance(key, str | int) for key in value):
+            if all(isinstance(key, str) and not key.startswith("__") for key in value):
+                return {key: convert(item, f"{path}/{key}") for key, item in value.items()}
+            return {_ITEMS: [[key, convert(item, f"{path}/{key}")] for key, item in value.items()]}
+        raise CheckpointError(
+            f"the state {path} holds a {type(value).__name__}, which a checkpoint does not carry",
+            fix="let its state_dict() give numbers, strings, tensors, and lists, tuples and dicts of these",
+        )
+
+    return convert(value, path), tensors
+
+
+def join(document: Json, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """What `split` took apart."""
+    if isinstance(document, list):
+        return [join(item, tensors) for item in document]
+    if not isinstance(document, dict):
+        return document
+    match document:
+        case {"__tensor__": str(name)}:
+            return tensors[name]
+        case {"__float__": str(number)}:
+            return float(number)
+        case {"__tuple__": list(items)}:
+            return tuple(join(item, tensors) for item in items)
+        case {"__items__": list(items)}:
+            return {pair[0]: join(pair[1], tensors) for pair in items if isinstance(pair, list)}
+    return {key: join(item, tensors) for key, item in document.items()}

@@ -1,0 +1,138 @@
+"""What a checkpoint is made of, so that damage shows before anything is loaded.
+
+`manifest.json` stands in every checkpoint folder. It lists each file with its size and xxh3 digest, and is itself
+digested. A digest is needed because nothing below us checks one: the file system returns what the disk returns, and
+`torch.load` never compares the checksums that it writes.
+"""
+
+import json
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import xxhash
+
+import forgather
+from forgather.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+_BLOCK = 4 << 20
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size in bytes and xxh3 digest of one file."""
+
+    size: int
+    xxh3: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Step, where it was saved, and every file. `mesh` maps the mesh's dimensions to their sizes."""
+
+    step: int
+    world_size: int
+    mesh: Mapping[str, int]
+    versions: Mapping[str, str] = field(default_factory=lambda: versions())
+    files: Mapping[str, FileRecord] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        """Write `manifest.json` into `folder`."""
+        content = {
+            "format": FORMAT,
+            "step": self.step,
+            "world_size": self.world_size,
+            "mesh": dict(self.mesh),
+            "versions": dict(self.versions),
+            "files": {name: {"size": file.size, "xxh3": file.xxh3} for name, file in sorted(self.files.items())},
+        }
+        content["digest"] = _digest_of(content)
+        (folder / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """The manifest in `folder`; CheckpointError, naming the file, when it is missing or altered."""
+        path = folder / MANIFEST
+        try:
+            content = json.loads(path.read_bytes())
+            digest = content.pop("digest")
+            if digest != _digest_of(content):
+                raise CheckpointError(f"{path} was altered: it does not match its own digest")
+            if content["format"] != FORMAT:
+                raise CheckpointError(
+                    f"{path} has format {content['format']}, and this version reads format {FORMAT}",
+                    fix=f"use the version that wrote it: forgather {content['versions']['forgather']}",
+                )
+            return cls(
+                step=content["step"],
+                world_size=content["world_size"],
+                mesh=content["mesh"],
+                versions=content["versions"],
+                files={name: FileRecord(**record) for name, record in content["files"].items()},
+            )
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is missing") from None
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path} is not a manifest ({error})") from error
+
+    def damaged_sizes(self, folder: Path) -> list[str]:
+        """One line for each file that is missing or has another size; costs no reading."""
+        damage = []
+        for name, record in self.files.items():
+            try:
+                size = (folder / name).stat().st_size
+            except OSError as error:
+                damage.append(f"{name}: {'missing' if isinstance(error, FileNotFoundError) else error.strerror}")
+                continue
+            if size != record.size:
+                damage.append(f"{name}: {size:,} bytes instead of {record.size:,}")
+        return damage
+
+    def damaged_digests(self, folder: Path, names: Iterable[str]) -> list[str]:
+        """One line for each of `names` whose bytes are not those that were saved; reads them whole."""
+        damage = []
+        for name in names:
+            try:
+                record = record_of(folder / name)
+            except OSError as error:
+                damage.append(f"{name}: {error.strerror}")
+                continue
+            if record != self.files[name]:
+                damage.append(
+                    f"{name}: other bytes than were saved (xxh3 {record.xxh3}, saved {self.files[name].xxh3})"
+                )
+        return damage
+
+
+def record_of(path: Path) -> FileRecord:
+    """Size and digest of a file, read in blocks."""
+    digest = xxhash.xxh3_64()
+    size = 0
+    buffer = memoryview(bytearray(_BLOCK))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            size += count
+    return FileRecord(size, digest.hexdigest())
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides how a run goes on."""
+    return {
+        "forgather": forgather.__version__,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _digest_of(content: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(content, sort_keys=True).encode())

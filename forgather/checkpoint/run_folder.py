@@ -1,0 +1,101 @@
+"""The folder of a run: checkpoints, logs, and who is writing there."""
+
+import shutil
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Self
+
+from forgather.checkpoint.folder import sync
+from forgather.checkpoint.lock import RunLock
+from forgather.distributed.collectives import broadcast_object, rank
+from forgather.errors import CheckpointError
+
+
+class RunFolder:
+    """Opens `dir` for one live run; with `fresh`, the first of `dir`, `dir-2`, `dir-3`, ... that is not there yet.
+
+    Collective: rank 0 decides, makes and locks, and tells the others. Raises CheckpointError on every rank when the
+    folder cannot be made or another live run has it. Nothing that is already there is overwritten.
+    """
+
+    def __init__(self, dir: Path, fresh: bool = False) -> None:
+        self._lock: RunLock | None = None
+        self._descriptions: dict[str, str | Path] = {}
+        opened: Path | CheckpointError = Path(dir)
+        if rank() == 0:
+            try:
+                opened = self._open(Path(dir).absolute(), fresh)
+            except CheckpointError as error:
+                opened = error
+            except OSError as error:
+                opened = CheckpointError(
+                    f"cannot open the run folder {dir}: {error.strerror}: {error.filename}",
+                    fix="make the folder writable, or let outputs go elsewhere",
+                )
+        opened = broadcast_object(opened)
+        if isinstance(opened, CheckpointError):
+            raise opened
+        self.dir = opened
+        self.checkpoints = opened / "checkpoints"
+        self.logs = opened / "logs"
+
+    def describe(self, name: str, content: str | Path) -> None:
+        """Let every checkpoint carry the file `name` with this text, or a copy of this file or folder.
+
+        What is described makes a checkpoint explain itself: the resolved configuration as `config.yaml`, the model's
+        package as `package`, so that it can be resumed, inspected and exported alone.
+        """
+        self._descriptions[name] = content
+
+    def copy_descriptions(self, folder: Path) -> None:
+        """Put what was described into `folder`; called by rank 0 while it saves."""
+        for name, content in self._descriptions.items():
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, str):
+                target.write_text(content)
+            elif content.is_dir():
+                shutil.copytree(content, target, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+            else:
+                shutil.copy(content, target)
+
+    def say(self, text: str) -> None:
+        """Tell the user: on stderr, and with the time in `logs/run.log`. Rank 0 speaks."""
+        if rank() == 0:
+            print(text, file=sys.stderr, flush=True)
+            with (self.logs / "run.log").open("a") as log:
+                log.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {text}\n")
+
+    def close(self) -> None:
+        """Let another run have the folder. The end of the process does the same."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _open(self, dir: Path, fresh: bool) -> Path:
+        dir.parent.mkdir(parents=True, exist_ok=True)
+        opened = _first_new(dir) if fresh else dir
+        for folder in (opened, opened / "checkpoints", opened / "logs"):
+            folder.mkdir(exist_ok=True)
+        self._lock = RunLock(opened / ".lock")
+        sync(opened.parent)
+        return opened
+
+
+def _first_new(dir: Path) -> Path:
+    """Make and return the first of dir, dir-2, dir-3, ... that nobody has; two that ask at once get two."""
+    number = 1
+    while True:
+        candidate = dir if number == 1 else dir.with_name(f"{dir.name}-{number}")
+        try:
+            candidate.mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return candidate

@@ -1,0 +1,145 @@
+"""Everything that decides how a run goes on: weights, optimizer, loader, hooks, random numbers.
+
+`capture` gives it as named tensors and a JSON document; `targets` and `accept` bring it back, on any mesh. The tensors
+are the live ones, DTensors where the model is sharded: DCP writes each rank's shard and reads straight into it. Names:
+
+    model/model.layers.0.self_attn.q_proj.weight
+    optimizer/model.layers.0.self_attn.q_proj.weight/exp_avg
+    extras/<hook>/<path in its state>
+    random/<rank>/torch
+
+What differs from rank to rank has the rank in its name: DCP takes tensors of one name for copies and keeps one.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from forgather.checkpoint.document import Json, join, split
+from forgather.checkpoint.optimizer_state import optimizer_state_by_name, prepare_state
+from forgather.checkpoint.random_state import capture_random, reseed_random, restore_random
+from forgather.distributed.collectives import gather_objects, rank, world_size
+
+# Wrappers of torch.compile and of recomputation put these into names; a checkpoint must load without them, too.
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+
+
+@dataclass
+class TrainState:
+    """A run's live objects. `extras` have a `state_dict` and a `load_state_dict`, and are saved under their names.
+
+    What an extra gives is taken to be the same on every rank, or a DTensor; rank 0's is saved.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    extras: Mapping[str, Stateful] = field(default_factory=dict)
+
+    def capture(self) -> tuple[dict[str, torch.Tensor], dict[str, Json]]:
+        """Named tensors and the document of the rest. Collective: the document has every rank's random numbers."""
+        tensors = {f"model/{name}": tensor for name, tensor in self.weights().items()}
+        optimizer, optimizer_tensors = self._optimizer_state()
+        extras, extra_tensors = split({name: extra.state_dict() for name, extra in self.extras.items()}, "extras")
+        own, random_tensors = split(capture_random(self.device), f"random/{rank()}")
+        ranks = gather_objects((own, optimizer))
+        document: dict[str, Json] = {
+            "optimizer": {name: state for _, states in ranks for name, state in states.items()},
+            "extras": extras,
+            "random": [random for random, _ in ranks],
+        }
+        return tensors | optimizer_tensors | extra_tensors | random_tensors, document
+
+    def targets(self, saved: Metadata, document: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """The tensors to read a checkpoint into: the live weights and optimizer state, and room for the rest."""
+        targets = {f"model/{name}": tensor for name, tensor in self.weights().items()}
+        trained = {key.split("/")[1] for key in _keys(saved, "optimizer/")} | set(document["optimizer"])
+        prepare_state(self.optimizer, self._names(), trained)
+        targets |= self._optimizer_state()[1]
+        _, live = split({name: extra.state_dict() for name, extra in self.extras.items()}, "extras")
+        for key in _keys(saved, "extras/"):
+            # An extra may have another shape of state today (a list that grew); only what is sharded has its place.
+            if key.split("/")[1] in self.extras:
+                here = live.get(key)
+                targets[key] = here if isinstance(here, DTensor) else _room(saved, key)
+        source = rank() if len(document["random"]) == world_size() else 0
+        targets |= {key: _room(saved, key) for key in _keys(saved, f"random/{source}/")}
+        return targets
+
+    def accept(self, document: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take what was read into `targets`: states that are no tensors, extras, random numbers."""
+        for parameter, name in self._names().items():
+            if name in document["optimizer"]:
+                self.optimizer.state[parameter].update(join(document["optimizer"][name], tensors))
+        for name, extra in self.extras.items():
+            if name in document["extras"]:
+                extra.load_state_dict(join(document["extras"][name], tensors))
+        if len(document["random"]) == world_size():
+            restore_random(join(document["random"][rank()], tensors), self.device)
+        else:
+            reseed_random(join(document["random"][0], tensors), rank(), world_size())
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Parameters and persistent buffers by name; tied ones once, under the name that the others are tied to."""
+        followers = getattr(self.model, "all_tied_weights_keys", None) or {}
+        named: dict[torch.Tensor, str] = {}
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            plain = plain_name(name)
+            if tensor not in named or named[tensor] in followers:
+                named[tensor] = plain
+        return {name: tensor for tensor, name in named.items()}
+
+    @property
+    def mesh(self) -> dict[str, int]:
+        """The mesh's dimensions that parameters are laid out on; empty when nothing is distributed."""
+        for parameter in self.model.parameters():
+            if isinstance(parameter, DTensor):
+                mesh = parameter.device_mesh
+                names = mesh.mesh_dim_names or tuple(f"dimension_{number}" for number in range(mesh.ndim))
+                return dict(zip(names, mesh.shape, strict=True))
+        return {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
+
+    def _optimizer_state(self) -> tuple[dict[str, Json], dict[str, torch.Tensor]]:
+        """What the optimizer knows of each parameter: values that are no tensors by name, and the live tensors."""
+        values: dict[str, Json] = {}
+        tensors: dict[str, torch.Tensor] = {}
+        for name, state in optimizer_state_by_name(self.optimizer, self._names()).items():
+            tensors |= {
+                f"optimizer/{name}/{key}": part for key, part in state.items() if isinstance(part, torch.Tensor)
+            }
+            others = {key: part for key, part in state.items() if not isinstance(part, torch.Tensor)}
+            if others:
+                values[name], nested = split(others, f"optimizer/{name}")
+                tensors |= nested
+        return values, tensors
+
+    def _names(self) -> dict[torch.Tensor, str]:
+        return {tensor: name for name, tensor in self.weights().items()}
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name in the model as it was written, without what compile and recompute add."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def _keys(saved: Metadata, prefix: str) -> list[str]:
+    return [key for key in saved.state_dict_metadata if key.startswith(prefix)]
+
+
+def _room(saved: Metadata, key: str) -> torch.Tensor:
+    tensor = saved.state_dict_metadata[key]
+    assert isinstance(tensor, TensorStorageMetadata)
+    return torch.empty(tensor.size, dtype=tensor.properties.dtype)
