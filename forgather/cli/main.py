@@ -54,9 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run_as_rank(arguments: Sequence[str]) -> int:
     """One of several processes that torchrun started: they give one message between them, not one each."""
     from forgather.cli.terminal import print_error
-    from forgather.distributed.failure import one_message
+    from forgather.distributed.failure import OneMessage
 
-    return one_message(lambda: _dispatch(arguments), print_error)
+    with OneMessage(print_error):
+        return _dispatch(arguments)
 
 
 def _dispatch(arguments: Sequence[str]) -> int:
