@@ -1,0 +1,92 @@
+"""From a model package to a model; on the meta device, where no tensor has values, unless another is asked for."""
+
+import hashlib
+import json
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from forgather.errors import ModelError
+from forgather.models.initialize import initialize, make_whole
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The model class of a package, and its config with the values of config.json."""
+
+    model: Any
+    config: PreTrainedConfig
+
+
+def construct(
+    package: Path,
+    device: str | torch.device = "meta",
+    *,
+    dtype: torch.dtype | None = None,
+    attn_implementation: str = "sdpa",
+    seed: int | None = 0,
+) -> PreTrainedModel:
+    """The causal language model of the package in folder `package`.
+
+    On a device other than meta its weights are drawn from `seed` by the package's rules, as `initialize` draws them;
+    with `seed=None` they are left undefined, for whoever loads others. `dtype` is the parameters' (float32). Raises
+    ModelError where sizes or names do not fit together.
+    """
+    classes = load_classes(package)
+    options = {"attn_implementation": attn_implementation} | ({} if dtype is None else {"dtype": dtype})
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = classes.model._from_config(classes.config, **options)
+    except ValueError as error:  # parts know nothing of Forgather and its errors
+        raise ModelError(str(error), fix="change the parameter that the message names") from error
+    model.generation_config = GenerationConfig.from_pretrained(package)
+    if torch.device(device).type != "meta":
+        model.to_empty(device=torch.device(device))
+        if seed is None:
+            make_whole(model)
+        else:
+            initialize(model, classes.model.init_rules(model.config), seed)
+    return model
+
+
+def load_classes(package: Path) -> Classes:
+    """Import a package's model class and read its config.
+
+    The module is imported from where it stands, under a name of its own, and not through transformers' cache of remote
+    code, which ranks that start together would write at the same time.
+    """
+    settings = json.loads((package / "config.json").read_text(encoding="utf-8"))
+    module, _, name = settings["auto_map"]["AutoModelForCausalLM"].partition(".")
+    model = getattr(_import(package, module), name)
+    try:
+        config = model.config_class.from_pretrained(package)
+    except (ValueError, KeyError) as error:
+        raise ModelError(f"{package / 'config.json'}: {error}", fix="change the parameter that it names") from error
+    # `save_pretrained` of such a model takes the code along.
+    model.register_for_auto_class("AutoModelForCausalLM")
+    model.config_class.register_for_auto_class()
+    return Classes(model, config)
+
+
+def _import(package: Path, module: str) -> ModuleType:
+    sources = sorted(package.glob("*.py"))
+    identity = hashlib.sha256(str(package.resolve()).encode())
+    for path in sources:
+        identity.update(path.name.encode() + path.read_bytes())
+    name = f"forgather_package_{identity.hexdigest()[:16]}"
+    if name not in sys.modules:
+        parent = ModuleType(name)
+        parent.__path__ = [str(package)]
+        sys.modules[name] = parent
+    # A package is rewritten within a second and at equal size, which bytecode files would not notice.
+    writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        return import_module(f"{name}.{module}")
+    finally:
+        sys.dont_write_bytecode = writes

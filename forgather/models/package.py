@@ -1,0 +1,244 @@
+"""A model package: the folder from which transformers loads a model that a configuration has composed.
+
+It holds the Python of the model, config.json, generation_config.json and the tokenizer, and needs nothing of Forgather.
+Weights, runs and whatever else stands in the folder are never touched.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from forgather.errors import ModelError
+from forgather.models.sources import MODULE, model_files
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from forgather.models.parts.initializers import Initializer
+
+MANIFEST = "forgather_package.json"
+
+
+class Package:
+    """What a model project's `package` target builds; the folder is written by `write`, or by the first `construct`.
+
+    `source` and `init_source` are what `!code` makes of the targets `model` and `init_rules`, with `hf_config` given;
+    `hf_config` holds the sizes; `plan` the parallelism plans in transformers' form, which become attributes of the
+    config class.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: str,
+        init_source: str,
+        hf_config: Mapping[str, Any],
+        tokenizer: "PreTrainedTokenizerBase",
+        plan: Mapping[str, Any],
+        dir: str | Path,
+    ) -> None:
+        self.source = source
+        self.init_source = init_source
+        self.hf_config = dict(hf_config)
+        self.tokenizer = tokenizer
+        self.plan = dict(plan)
+        self.dir = Path(dir).absolute()
+
+    @property
+    def digest(self) -> str:
+        """Changes whenever anything in the generated files does."""
+        return _digest(self._files)
+
+    @cached_property
+    def init_rules(self) -> dict[str, "Initializer"]:
+        """Which initializer each parameter gets: an ordered mapping of patterns, for `initialize`."""
+        from forgather.models.construct import load_classes
+
+        classes = load_classes(self.write())
+        return classes.model.init_rules(classes.config)
+
+    def write(self, refresh: bool = False) -> Path:
+        """Make the folder say what the configuration says, and return it.
+
+        Several processes may call it at once. An equal package is kept. A different one is an error unless `refresh`,
+        which replaces the generated files and nothing else.
+        """
+        with self._locked():
+            if not self.dir.is_dir():
+                self._aside().rename(self.dir)
+            elif not (self.dir / MANIFEST).exists():
+                self._refuse_foreign_files()
+                self._move_in()
+            elif differences := self.differences():
+                if not refresh:
+                    raise self.stale(differences)
+                self._move_in()
+        return self.dir
+
+    def differences(self) -> list[str]:
+        """How the folder differs from what would be generated now; empty if it does not, or is not there yet."""
+        path = self.dir / MANIFEST
+        if not path.exists():
+            return []
+        manifest: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["files"]
+        found = []
+        for name in sorted(manifest.keys() | self._files.keys()):
+            on_disk = self.dir / name
+            if name not in self._files:
+                found.append(f"{name} is no longer part of it")
+            elif name not in manifest:
+                found.append(f"{name} is new")
+            elif manifest[name] != _hash(self._files[name]):
+                found.append(f"{name} would be different")
+            elif not on_disk.exists():
+                found.append(f"{name} is missing")
+            elif name.endswith(".py") and manifest[name] != _hash(on_disk.read_bytes()):
+                found.append(f"{name} was edited")
+        return found + self._edited_sizes()
+
+    def stale(self, differences: list[str]) -> ModelError:
+        """The error that says so."""
+        return ModelError(
+            f"the model package in {self.dir} is stale: {'; '.join(differences)}",
+            fix="`forgather model -r construct` with the same -p and -t rebuilds it and leaves weights and runs alone; "
+            "or choose another --output-dir",
+        )
+
+    def construct(
+        self,
+        device: "str | torch.device" = "meta",
+        *,
+        dtype: "torch.dtype | None" = None,
+        attn_implementation: str = "sdpa",
+        seed: int | None = 0,
+    ) -> "PreTrainedModel":
+        """A model from the written package, which is written first where it is not; see `construct.construct`."""
+        from forgather.models.construct import construct
+
+        return construct(self.write(), device, dtype=dtype, attn_implementation=attn_implementation, seed=seed)
+
+    @cached_property
+    def _files(self) -> dict[str, bytes]:
+        name = re.sub(r"\W", "_", self.dir.name)
+        title = "".join(word[:1].upper() + word[1:] for word in name.split("_"))
+        title = title if title[:1].isalpha() else f"Model{title}"
+        # Two packages in one process must not answer to one model_type, so it carries a digest of the sources.
+        unmarked = model_files(title, name, self.source, self.init_source, self.plan)
+        model_type = f"{name}-{_digest({key: text.encode() for key, text in unmarked.items()})[:8]}"
+        sources = model_files(title, model_type, self.source, self.init_source, self.plan)
+        auto_map = {
+            "AutoConfig": f"{MODULE}.{title}Config",
+            "AutoModel": f"{MODULE}.{title}Model",
+            "AutoModelForCausalLM": f"{MODULE}.{title}ForCausalLM",
+        }
+        config = {
+            "architectures": [f"{title}ForCausalLM"],
+            "auto_map": auto_map,
+            "model_type": model_type,
+            **self.hf_config,
+        }
+        ids = {key: self.hf_config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        generation_config = {key: value for key, value in ids.items() if value is not None}
+        return {
+            **{key: text.encode() for key, text in sources.items()},
+            "config.json": _json(config),
+            "generation_config.json": _json(generation_config),
+            **_tokenizer_files(self.tokenizer),
+        }
+
+    def _edited_sizes(self) -> list[str]:
+        """Values of config.json that were changed by hand; `save_pretrained` rewrites the file with more keys."""
+        path = self.dir / "config.json"
+        if not path.exists():
+            return []
+        on_disk = json.loads(path.read_text(encoding="utf-8"))
+        return [
+            f"config.json says {key}: {on_disk[key]}, the configuration {value}"
+            for key, value in self.hf_config.items()
+            if key in on_disk and not _agree(on_disk[key], value)
+        ]
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One writer at a time, and errors of the file system with the path and what to do."""
+        try:
+            self.dir.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.dir.parent / f".{self.dir.name}.lock"):
+                yield
+        except OSError as error:
+            raise ModelError(
+                f"cannot write the model package {self.dir}: {error.strerror}", fix="choose another --output-dir"
+            ) from error
+
+    def _aside(self) -> Path:
+        """The whole package in a folder beside its place, named by digest. Only the holder of the lock calls this."""
+        aside = self.dir.parent / f".{self.dir.name}-{self.digest[:16]}.partial"
+        shutil.rmtree(aside, ignore_errors=True)  # a writer that was killed
+        aside.mkdir()
+        for name, content in self._files.items():
+            (aside / name).write_bytes(content)
+        files = {name: _hash(content) for name, content in self._files.items()}
+        (aside / MANIFEST).write_bytes(_json({"digest": self.digest, "files": files}))
+        return aside
+
+    def _move_in(self) -> None:
+        """Replace the generated files one by one. The manifest goes first: a half-done move shows as differences."""
+        aside = self._aside()
+        old = self.dir / MANIFEST
+        obsolete = json.loads(old.read_text(encoding="utf-8"))["files"].keys() if old.exists() else ()
+        (aside / MANIFEST).replace(old)
+        for name in self._files:
+            (aside / name).replace(self.dir / name)
+        for name in set(obsolete) - self._files.keys():
+            (self.dir / name).unlink(missing_ok=True)
+        aside.rmdir()
+
+    def _refuse_foreign_files(self) -> None:
+        there = [name for name in self._files if (self.dir / name).exists()]
+        if there:
+            raise ModelError(
+                f"{self.dir} holds {', '.join(there)}, which Forgather has not written",
+                fix="choose another --output-dir or --model-name, or move the folder away",
+            )
+
+
+def _tokenizer_files(tokenizer: "PreTrainedTokenizerBase") -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    # transformers 5 no longer writes this file, but tools outside it still look for it.
+    return {"special_tokens_map.json": _json(tokenizer.special_tokens_map), **files}
+
+
+def _agree(on_disk: Any, value: Any) -> bool:
+    """Whether a saved value is the configured one; transformers adds keys to mappings such as rope_parameters."""
+    if isinstance(value, Mapping) and isinstance(on_disk, Mapping):
+        return all(key in on_disk and _agree(on_disk[key], inner) for key, inner in value.items())
+    return bool(on_disk == value)
+
+
+def _json(value: Any) -> bytes:
+    try:
+        return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
+    except (TypeError, ValueError) as error:
+        raise ModelError(
+            f"hf_config can only hold what JSON can: {error}", fix="use numbers, text, lists, mappings"
+        ) from error
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _digest(files: Mapping[str, bytes]) -> str:
+    return _hash("\n".join(f"{name} {_hash(content)}" for name, content in sorted(files.items())).encode())

@@ -1,0 +1,61 @@
+"""What the models composed of parts have in common as transformers models."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from forgather.models.parts.attention import Attention
+from forgather.models.parts.initializers import Initializer
+from forgather.models.parts.rules import assign
+
+
+class ComposedModel(PreTrainedModel):
+    """A transformers model whose children are given to it.
+
+    A model package subclasses it with a constructor that takes only a config, and with `init_rules`, from which the
+    weights of `from_config` are drawn (the same distributions as a training run's, not the same draws).
+    """
+
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    init_rules: Callable[[PreTrainedConfig], dict[str, Initializer]] | None = None
+    init_prefix = ""  # what stands before this model's parameters in the names that rules are written for
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _skip_keys_device_placement = ("past_key_values",)
+    _can_record_outputs: dict[str, Any] = {"attentions": Attention}  # noqa: RUF012  transformers wants a plain dict
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """transformers calls this for each module that no checkpoint has filled."""
+        reset_buffers = getattr(module, "reset_buffers", None)
+        if reset_buffers is not None:
+            reset_buffers()
+        if self.init_rules is None:
+            super()._init_weights(module)
+            return
+        parameters = dict(module.named_parameters(recurse=False))
+        if not parameters:
+            return
+        prefix = self.init_prefix + self._name_of(module)
+        assignment = assign(self.init_rules(self.config), [f"{prefix}.{name}" for name in parameters])
+        if assignment.without_rule:
+            raise ValueError(f"no initialisation rule for {', '.join(assignment.without_rule)}")
+        reset_parameters = getattr(module, "reset_parameters", None)
+        for parameter, initializer in zip(parameters.values(), assignment.chosen.values(), strict=True):
+            if initializer.fill is not None:
+                initializer.fill(parameter)
+            elif reset_parameters is not None:
+                reset_parameters()
+
+    def _name_of(self, module: nn.Module) -> str:
+        for name, candidate in self.named_modules():
+            if candidate is module:
+                return name
+        # Resizing the vocabulary initialises an embedding or a head before it takes its place in the model.
+        place = self.get_input_embeddings() if isinstance(module, nn.Embedding) else self.get_output_embeddings()
+        return self._name_of(place)

@@ -1,0 +1,128 @@
+"""The Python files of a model package: what the configuration composed, and the parts it is made of."""
+
+import ast
+import re
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from forgather.errors import ModelError
+
+PARTS = "forgather.models.parts"
+MODULE = "modeling"  # config and model classes, the file that config.json's auto_map names
+ARCHITECTURE = "architecture"
+INITIALIZATION = "initialization"
+
+# The composed classes and the rules' place in a package; {..} are filled in by `model_files`.
+MODELING = '''"""{title}: a causal language model, generated from a Forgather project.
+
+It loads with transformers alone. Sizes are in config.json, the architecture in {architecture}.py, and how weights begin
+in {initialization}.py; the other files are the parts that the architecture is made of.
+"""
+
+from typing import Any
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
+
+from .{architecture} import {build_model} as build_model
+from .causal_lm import CausalLM
+from .decoder import Decoder
+from .{initialization} import {build_rules} as init_rules
+
+
+class {title}Config(PreTrainedConfig):
+    model_type = "{model_type}"
+    keys_to_ignore_at_inference = ["past_key_values"]
+{plan}
+    rope_parameters: dict[str, Any] | None = None
+
+
+class {title}Model(Decoder):
+    config_class = {title}Config
+    init_rules = staticmethod(init_rules)
+
+    def __init__(self, config: {title}Config, composed: Decoder | None = None) -> None:
+        composed = build_model(config).model if composed is None else composed
+        super().__init__(config, **dict(composed.named_children()))
+        self.post_init()
+
+
+class {title}ForCausalLM(CausalLM):
+    config_class = {title}Config
+    init_rules = staticmethod(init_rules)
+
+    def __init__(self, config: {title}Config) -> None:
+        composed = build_model(config)
+        super().__init__(config, model={title}Model(config, composed.model), lm_head=composed.lm_head)
+        self.post_init()
+
+
+# Loading this file once is enough: the Auto classes then know the model without trust_remote_code.
+AutoConfig.register("{model_type}", {title}Config, exist_ok=True)
+AutoModel.register({title}Config, {title}Model, exist_ok=True)
+AutoModelForCausalLM.register({title}Config, {title}ForCausalLM, exist_ok=True)
+'''
+
+
+def model_files(title: str, model_type: str, source: str, init_source: str, plan: Mapping[str, Any]) -> dict[str, str]:
+    """All files by name: the generated ones, and every part that they need, directly or through other parts.
+
+    `source` builds the model and `init_source` its rules, each with a function of the config, as `!code` writes them.
+    """
+    generated = MODELING.format(
+        title=title,
+        model_type=model_type,
+        architecture=ARCHITECTURE,
+        initialization=INITIALIZATION,
+        build_model=_function(source, ARCHITECTURE),
+        build_rules=_function(init_source, INITIALIZATION),
+        plan="".join(f"    {name} = {value!r}\n" for name, value in plan.items()).rstrip("\n"),
+    )
+    files = {MODULE: generated, ARCHITECTURE: source, INITIALIZATION: init_source}
+    parts = {"causal_lm", "decoder"} | _parts_of(source) | _parts_of(init_source)
+    while missing := sorted(parts - files.keys()):
+        for part in missing:
+            files[part] = _part(part)
+            parts |= _parts_of(files[part])
+    return {f"{name}.py": _standalone(name, text) for name, text in sorted(files.items())}
+
+
+def _function(source: str, where: str) -> str:
+    """The name of the function that an emitted source defines for others: its last one."""
+    functions = [node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+    assert functions, f"the source for {where}.py defines no function"
+    return functions[-1]
+
+
+def _parts_of(source: str) -> set[str]:
+    return {name.removeprefix(PARTS + ".") for name in _imports(source) if name.startswith(PARTS + ".")}
+
+
+def _part(name: str) -> str:
+    spec = find_spec(f"{PARTS}.{name}")
+    if name in (MODULE, ARCHITECTURE, INITIALIZATION) or spec is None or spec.origin is None:
+        raise ModelError(f"there is no part {PARTS}.{name}", fix=f"see `ls {Path(__file__).parent / 'parts'}`")
+    return Path(spec.origin).read_text(encoding="utf-8")
+
+
+def _standalone(name: str, source: str) -> str:
+    """The source with parts imported from beside it, and no need of Forgather left."""
+    source = re.sub(rf"^(\s*)from {re.escape(PARTS)}\.(\w+) import", r"\1from .\2 import", source, flags=re.MULTILINE)
+    foreign = [module for module in _imports(source) if module.split(".")[0] == "forgather"]
+    if foreign:
+        raise ModelError(
+            f"the model package's {name}.py would import {', '.join(foreign)}, which is not there where the model runs",
+            fix=f"compose models of what stands in {PARTS}, in torch or in transformers",
+        )
+    return source
+
+
+def _imports(source: str) -> list[str]:
+    modules = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            modules.append(node.module)
+        elif isinstance(node, ast.Import):
+            modules.extend(alias.name for alias in node.names)
+    return modules
