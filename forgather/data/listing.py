@@ -1,0 +1,48 @@
+"""Files below a folder by glob, in order of name, without walking into what is excluded."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from forgather.errors import DataError
+
+
+def list_files(path: Path, include: Sequence[str], exclude: Sequence[str] = ()) -> list[Path]:
+    """The files that match; a path that is a file is that file. DataError when nothing is there or matches.
+
+    Patterns are relative to `path`: `*` and `?` stay within a folder, `**/` is any number of folders. An excluded
+    `folder/**` is not walked into.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise DataError(f"no such file or folder: {path}", fix="set the source's `path`")
+    wanted = [_regex(pattern) for pattern in include]
+    unwanted = [_regex(pattern) for pattern in exclude]
+    pruned = [_regex(pattern.removesuffix("/**")) for pattern in exclude if pattern.endswith("/**")]
+    found = []
+    for folder, folders, names in os.walk(path):
+        relative = Path(folder).relative_to(path)
+        folders[:] = sorted(name for name in folders if not _matches(pruned, relative / name))
+        for name in names:
+            if _matches(wanted, relative / name) and not _matches(unwanted, relative / name):
+                found.append(Path(folder) / name)
+    if not found:
+        raise DataError(
+            f"empty corpus: no file below {path} matches include {list(include)} and not exclude {list(exclude)}",
+            fix="set `path` to the folder of the corpus and `include` to its files, for example ['**/*.txt']",
+        )
+    return sorted(found, key=lambda file: file.relative_to(path).as_posix())
+
+
+def _matches(patterns: Sequence[re.Pattern[str]], path: Path) -> bool:
+    name = path.as_posix()
+    return any(pattern.fullmatch(name) for pattern in patterns)
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
+    parts = []
+    for token in re.split(r"(\*\*/|\*\*|\*|\?)", pattern):
+        parts.append({"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}.get(token) or re.escape(token))
+    return re.compile("".join(parts))

@@ -1,0 +1,260 @@
+"""A dataset's recipe, and the folder of shards that it becomes."""
+
+import errno
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from filelock import FileLock
+
+from forgather.data.progress import Progress
+from forgather.data.selection import mixture_shares, split_documents, take_tokens
+from forgather.data.shard_writer import SplitWriter
+from forgather.data.shards import FORMAT, MANIFEST, ShardSet, read_manifest
+from forgather.data.sources import Source
+from forgather.data.spool import Spool
+from forgather.data.tokenize_pool import TokenizePool
+from forgather.data.tokenizers import backend_json, tokenizer_digest
+from forgather.errors import DataError
+
+# A process is worth its start when it has this much to do.
+_BYTES_PER_PROCESS = 4 * 2**20
+
+
+class PreparedDataset:
+    """Sources, a tokenizer and how to split them; `prepare` makes the shards, once.
+
+    The folder is named by the digest of the recipe, so other settings, another tokenizer or changed files make another
+    folder and nothing is overwritten. `weights` are the sources' shares of the tokens, `total_tokens` how many there
+    shall be for training (default: without weights all, with weights as many as keep the shares exact).
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        tokenizer: Any,
+        sources: Mapping[str, Source | None],
+        folder: Path | str,
+        weights: Mapping[str, float] | None = None,
+        total_tokens: int | None = None,
+        validation_fraction: float = 0.02,
+        seed: int = 0,
+        shard_tokens: int = 2**27,
+        processes: int | None = None,
+    ) -> None:
+        self.name = name
+        self.tokenizer = tokenizer
+        self.sources = {key: source for key, source in sources.items() if source is not None}
+        self.weights = dict(weights) if weights is not None else None
+        self.total_tokens = total_tokens
+        self.validation_fraction = validation_fraction
+        self.seed = seed
+        self.shard_tokens = shard_tokens
+        self.processes = processes
+        self._parent = Path(folder)
+        self._check()
+
+    @cached_property
+    def recipe(self) -> dict[str, Any]:
+        """All that decides what the shards hold."""
+        return {
+            "format": FORMAT,
+            "name": self.name,
+            "tokenizer": tokenizer_digest(self.tokenizer),
+            "sources": {name: source.digest() for name, source in self.sources.items()},
+            "weights": self.weights,
+            "total_tokens": self.total_tokens,
+            "validation_fraction": self.validation_fraction,
+            "seed": self.seed,
+            "shard_tokens": self.shard_tokens,
+        }
+
+    @property
+    def folder(self) -> Path:
+        """Where the shards are, or will be."""
+        digest = xxhash.xxh3_64_hexdigest(json.dumps(self.recipe, sort_keys=True).encode())
+        return self._parent / f"{self.name}-{digest}"
+
+    def prepare(self) -> Path:
+        """The folder of the shards, made when it is not there; of several processes one makes it, the others wait."""
+        if self.is_prepared:
+            return self.folder
+        try:
+            self._parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(self._parent / f".{self.folder.name}.lock"):
+                if not self.is_prepared:
+                    self._prepare_aside()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+                raise
+            raise DataError(
+                f"cannot write {self.folder}: {error.strerror}", fix="free some space, or set another output folder"
+            ) from error
+        return self.folder
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether the shards of this recipe are there."""
+        return (self.folder / MANIFEST).is_file()
+
+    def split(self, name: str) -> ShardSet:
+        """The shards of `train` or `validation`, prepared first where needed."""
+        shards = ShardSet(self.prepare(), name)
+        shards.require_tokenizer(self.recipe["tokenizer"])
+        return shards
+
+    def manifest(self) -> dict[str, Any]:
+        """What the shards hold, prepared first where needed."""
+        return read_manifest(self.prepare())
+
+    def _check(self) -> None:
+        if not self.sources:
+            raise DataError(f"dataset {self.name} has no source", fix="name one under `sources`")
+        if not 0 <= self.validation_fraction <= 0.5:
+            raise DataError(f"validation_fraction is {self.validation_fraction}", fix="set it between 0 and 0.5")
+        if self.tokenizer.eos_token_id is None:
+            raise DataError("the tokenizer has no eos_token, which ends a document", fix="give it one")
+        if self.weights is not None:
+            if self.weights.keys() != self.sources.keys():
+                raise DataError(
+                    f"weights are given for {', '.join(self.weights)}; the sources are {', '.join(self.sources)}",
+                    fix="give each source one weight; leave a source out by setting it to null",
+                )
+            if min(self.weights.values()) <= 0:
+                raise DataError(
+                    f"weights must be above 0: {self.weights}", fix="leave a source out by setting it to null"
+                )
+
+    def _prepare_aside(self) -> None:
+        aside = self.folder.with_name(f".{self.folder.name}.partial")
+        shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed here
+        aside.mkdir()
+        try:
+            manifest = self._write(aside)
+            _write_synced(aside / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+            aside.rename(self.folder)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        print(f"  {summary(manifest)}, in {self.folder}", file=sys.stderr)
+
+    def _write(self, folder: Path) -> dict[str, Any]:
+        vocab_size = len(self.tokenizer)
+        dtype = np.dtype("uint16" if vocab_size <= 2**16 else "uint32")
+        tokenizer_json = backend_json(self.tokenizer)
+        (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
+
+        spools = self._tokenize(folder, dtype, tokenizer_json)
+        splits, sources, warnings = self._assemble(folder, dtype, spools)
+        for spool in spools.values():
+            spool.path.unlink()
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        padding_id = self.tokenizer.pad_token_id
+        return {
+            "format": FORMAT,
+            "name": self.name,
+            "dtype": dtype.name,
+            "tokenizer": {
+                "digest": self.recipe["tokenizer"],
+                "vocab_size": vocab_size,
+                "padding_id": self.tokenizer.eos_token_id if padding_id is None else padding_id,
+            },
+            "splits": splits,
+            "sources": sources,
+            "warnings": warnings,
+            "recipe": self.recipe,
+        }
+
+    def _tokenize(self, folder: Path, dtype: np.dtype[Any], tokenizer_json: str) -> dict[str, Spool]:
+        sizes = [source.size_bytes() for source in self.sources.values()]
+        total = None if None in sizes else sum(size or 0 for size in sizes)
+        processes = self.processes if self.processes is not None else _processes_for(total)
+        print(f"preparing {self.name} with {processes} tokenizing process{'es' * (processes != 1)}", file=sys.stderr)
+        before = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+        spools = {}
+        with (
+            Progress(self.name, total) as progress,
+            TokenizePool(tokenizer_json, before, [self.tokenizer.eos_token_id], processes) as pool,
+        ):
+            for number, (name, source) in enumerate(self.sources.items()):
+                spool = spools[name] = Spool(folder / f"source-{number}.tokens", dtype)
+                spool.fill(source, pool, self.seed, progress)
+                if not len(spool.lengths):
+                    raise DataError(
+                        f"empty corpus: source {name} has no document with text",
+                        fix=f"set the path of source {name}, or leave the source out by setting it to null",
+                    )
+        return spools
+
+    def _assemble(
+        self, folder: Path, dtype: np.dtype[Any], spools: dict[str, Spool]
+    ) -> tuple[dict[str, Any], list[dict[str, Any]], list[str]]:
+        """Decides which documents go where and writes the splits."""
+        validates = {
+            name: split_documents(spool.lengths, spool.hashes, self.validation_fraction, name)
+            for name, spool in spools.items()
+        }
+        sources = [
+            {"name": name, "documents": len(spool.lengths), "tokens": int(spool.lengths.sum())}
+            for name, spool in spools.items()
+        ]
+        available = {name: int(spool.lengths[~validates[name]].sum()) for name, spool in spools.items()}
+        targets, warnings = self._targets(available)
+        splits = {}
+        for split in ("train", "validation") if self.validation_fraction else ("train",):
+            if split == "validation":
+                held = {name: int(spool.lengths[validates[name]].sum()) for name, spool in spools.items()}
+                # The shares of what is trained on, so that both losses mean the same mixture.
+                targets = held if self._takes_all else mixture_shares(held, targets, None)[0]
+            if min(targets.values()) < 2:
+                raise DataError(
+                    f"too small a corpus for a {split} split with every source in it: its tokens would be {targets}",
+                    fix="give more documents, or raise total_tokens or validation_fraction (0 is no validation split)",
+                )
+            with SplitWriter(folder, split, dtype, self.shard_tokens) as writer:
+                for entry, (name, spool) in zip(sources, spools.items(), strict=True):
+                    chosen = validates[name] if split == "validation" else ~validates[name]
+                    taken = take_tokens(spool.lengths, spool.hashes, chosen, targets[name])
+                    spool.copy(taken, writer)
+                    entry[split] = {"documents": int(np.count_nonzero(taken)), "tokens": targets[name]}
+                splits[split] = writer.close()
+        return splits, sources, warnings
+
+    @property
+    def _takes_all(self) -> bool:
+        return self.weights is None and self.total_tokens is None
+
+    def _targets(self, available: dict[str, int]) -> tuple[dict[str, int], list[str]]:
+        if self._takes_all:
+            return available, []
+        # Without weights, a total is taken from each source in proportion to what it has.
+        return mixture_shares(available, self.weights or available, self.total_tokens)
+
+
+def summary(manifest: dict[str, Any]) -> str:
+    """One line: tokens and documents of each split."""
+    return ", ".join(
+        f"{name}: {split['num_tokens']:,} tokens in {split['num_documents']:,} documents"
+        for name, split in manifest["splits"].items()
+    )
+
+
+def _processes_for(total_bytes: int | None) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores if total_bytes is None else max(1, min(cores, total_bytes // _BYTES_PER_PROCESS))
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
