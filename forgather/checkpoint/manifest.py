@@ -9,11 +9,10 @@ import json
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 import xxhash
 
 import forgather
@@ -128,8 +127,8 @@ def versions() -> dict[str, str]:
     """Versions of what decides how a run goes on."""
     return {
         "forgather": forgather.__version__,
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
+        "torch": version("torch"),
+        "transformers": version("transformers"),
         "python": platform.python_version(),
     }
 

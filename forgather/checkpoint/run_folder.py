@@ -1,6 +1,6 @@
 """The folder of a run: checkpoints, logs, and who is writing there."""
 
-import shutil
+import re
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -10,6 +10,8 @@ from forgather.checkpoint.folder import sync
 from forgather.checkpoint.lock import RunLock
 from forgather.distributed.collectives import broadcast_object, rank
 from forgather.errors import CheckpointError
+
+_WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth)(\.index\.json)?$")
 
 
 class RunFolder:
@@ -21,7 +23,7 @@ class RunFolder:
 
     def __init__(self, dir: Path, fresh: bool = False) -> None:
         self._lock: RunLock | None = None
-        self._descriptions: dict[str, str | Path] = {}
+        self._descriptions: dict[str, bytes] = {}
         opened: Path | CheckpointError = Path(dir)
         if rank() == 0:
             try:
@@ -41,24 +43,28 @@ class RunFolder:
         self.logs = opened / "logs"
 
     def describe(self, name: str, content: str | Path) -> None:
-        """Let every checkpoint carry the file `name` with this text, or a copy of this file or folder.
+        """Let every checkpoint carry the file `name` with this text, or a copy of this file or folder as it is now.
 
         What is described makes a checkpoint explain itself: the resolved configuration as `config.yaml`, the model's
-        package as `package`, so that it can be resumed, inspected and exported alone.
+        package as `package`, so that it can be resumed, inspected and exported alone. Of a folder its own files are
+        taken, without weights: below a model's package stand its runs.
         """
-        self._descriptions[name] = content
+        if rank() != 0:
+            return
+        if isinstance(content, str):
+            self._descriptions[name] = content.encode()
+        elif content.is_dir():
+            for file in sorted(content.iterdir()):
+                if file.is_file() and not file.name.startswith(".") and not _WEIGHTS.search(file.name):
+                    self._descriptions[f"{name}/{file.name}"] = file.read_bytes()
+        else:
+            self._descriptions[name] = content.read_bytes()
 
-    def copy_descriptions(self, folder: Path) -> None:
+    def write_descriptions(self, folder: Path) -> None:
         """Put what was described into `folder`; called by rank 0 while it saves."""
         for name, content in self._descriptions.items():
-            target = folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if isinstance(content, str):
-                target.write_text(content)
-            elif content.is_dir():
-                shutil.copytree(content, target, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-            else:
-                shutil.copy(content, target)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
 
     def say(self, text: str) -> None:
         """Tell the user: on stderr, and with the time in `logs/run.log`. Rank 0 speaks."""

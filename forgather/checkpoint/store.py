@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from forgather.checkpoint.folder import Committed, leftovers, remove, saved_steps, set_aside, step_name
 from forgather.checkpoint.layout import read_layout
@@ -85,13 +87,13 @@ class CheckpointStore:
         with Committed(final, manifest) as draft:
             tensors, document = state.capture()
             writer = RawWriter(draft.path)
-            with _dcp(f"could not write {final}"):
-                dcp.save(tensors, storage_writer=writer, planner=_save_planner())
+            with calling_dcp(f"could not write {final}"):
+                dcp_save(tensors, storage_writer=writer, planner=_save_planner())
             for written in gather_objects(writer.written):
                 draft.files.update(written)
             if rank() == 0:
                 (draft.path / DOCUMENT).write_text(json.dumps(document, indent=1))
-                self.run.copy_descriptions(draft.path)
+                self.run.write_descriptions(draft.path)
         self._current = step
         self._retain()
         return final
@@ -134,8 +136,8 @@ class CheckpointStore:
             self.run.say(f"note: {checkpoint.path} has a state of {name!r}, which this run lacks; it is not used")
         for name in sorted(set(state.extras) - set(document["extras"])):
             self.run.say(f"note: {checkpoint.path} has no state of {name!r}, which starts anew")
-        with _dcp(f"could not load {checkpoint.path}"):
-            dcp.load(targets, storage_reader=RawReader(checkpoint.path, checkpoint.layout), planner=_load_planner())
+        with calling_dcp(f"could not load {checkpoint.path}"):
+            dcp_load(targets, storage_reader=RawReader(checkpoint.path, checkpoint.layout), planner=load_planner())
         state.accept(document, targets)
         self._current = checkpoint.step
 
@@ -229,16 +231,16 @@ def _shown(shape: torch.Size, dtype: torch.dtype) -> str:
     return f"{list(shape)} {str(dtype).removeprefix('torch.')}"
 
 
-def _save_planner() -> dcp.DefaultSavePlanner:
-    return dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+def _save_planner() -> DefaultSavePlanner:
+    return DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
 
 
-def _load_planner() -> dcp.DefaultLoadPlanner:
-    return dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+def load_planner() -> DefaultLoadPlanner:
+    return DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
 
 
 @contextmanager
-def _dcp(what: str) -> Iterator[None]:
+def calling_dcp(what: str) -> Iterator[None]:
     """Run DCP: without its warning that a world of one is one, and with errors that say what to do."""
     try:
         with warnings.catch_warnings():

@@ -1,0 +1,187 @@
+"""From a checkpoint to a Hugging Face folder, in memory that does not grow with the model.
+
+The folder holds the model's package and its weights as safetensors: what `AutoModelForCausalLM.from_pretrained` wants,
+with no Forgather installed. Tensors go from the checkpoint's files to the shards in small batches, straight into the
+place where they stay; the folder appears by one rename when it is whole.
+"""
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+
+from forgather.checkpoint.folder import saved_steps, step_name, sync
+from forgather.checkpoint.manifest import MANIFEST, Manifest
+from forgather.checkpoint.storage import RawReader
+from forgather.checkpoint.store import Checkpoint, calling_dcp, load_planner
+from forgather.conversion.safetensors_file import SafetensorsFile, TensorKind
+from forgather.errors import CheckpointError
+
+PACKAGE = "package"
+MAX_SHARD_BYTES = 5 * 10**9
+# Read and written together. Large enough that planning costs nothing, small enough that the allocator gives the same
+# memory again instead of fresh pages of the system.
+_BATCH_BYTES = 16 << 20
+_NOT_EXPORTED = {"forgather_package.json"}  # tells how the package was generated; it is about another folder
+
+
+def export(
+    source: Path, destination: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES, dtype: torch.dtype | None = None
+) -> Path:
+    """Write `destination` from a checkpoint, or from the newest whole checkpoint of a run folder; return it.
+
+    With `dtype`, floating-point weights are converted. A tensor larger than `max_shard_bytes` gets a shard of its own.
+    CheckpointError when the source is no checkpoint or damaged, or the destination exists or cannot be written.
+    """
+    destination = destination.absolute()
+    if destination.exists():
+        raise CheckpointError(f"{destination} is already there, and nothing is overwritten", fix="name another folder")
+    checkpoint = find_checkpoint(source)
+    package = _verified_package(checkpoint)
+    aside = destination.with_name(f".{destination.name}.partial")
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)  # of an export that was interrupted
+        aside.mkdir()
+        kinds = _kinds(checkpoint.layout, dtype)
+        for file in package:
+            shutil.copy(file, aside / file.name)
+        _tell_dtype(aside / "config.json", kinds)
+        _write_weights(checkpoint, aside, shards_of(kinds, max_shard_bytes), kinds)
+        for path in [*aside.iterdir(), aside]:
+            sync(path)
+        aside.rename(destination)
+        sync(destination.parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"could not write {destination}: {error.strerror}", fix="name a folder that can be written and has space"
+        ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return destination
+
+
+def find_checkpoint(source: Path) -> Checkpoint:
+    """The checkpoint that `source` is, or the newest of the run that it is, without those that are visibly damaged."""
+    if (source / MANIFEST).exists():
+        manifest = Manifest.read(source)
+        if damage := manifest.damaged_sizes(source):
+            raise CheckpointError(f"{source} is damaged: {'; '.join(damage)}", fix="export another checkpoint")
+        return Checkpoint(source, manifest)
+    checkpoints = source / "checkpoints"
+    for step in reversed(saved_steps(checkpoints)):
+        folder = checkpoints / step_name(step)
+        try:
+            return find_checkpoint(folder)
+        except CheckpointError as error:
+            print(f"warning: {error.message}", file=sys.stderr)
+    runs = sorted(path.parent for path in source.glob("runs/*/checkpoints")) if source.is_dir() else []
+    hint = f"; runs here: {', '.join(map(str, runs))}" if runs else ""
+    raise CheckpointError(
+        f"{source} is neither a checkpoint nor a run with one",
+        fix=f"name a run folder, or one of the folders in its checkpoints/{hint}",
+    )
+
+
+def shards_of(kinds: Mapping[str, TensorKind], max_bytes: int) -> list[list[str]]:
+    """Names in the order of the model, cut so that no shard has more than `max_bytes` unless it is one tensor."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name in sorted(kinds, key=_natural):
+        if shards[-1] and size + kinds[name].num_bytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += kinds[name].num_bytes
+    return shards
+
+
+def _write_weights(
+    checkpoint: Checkpoint, folder: Path, shards: Sequence[Sequence[str]], kinds: Mapping[str, TensorKind]
+) -> None:
+    places: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        alone = len(shards) == 1
+        file = "model.safetensors" if alone else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        places |= dict.fromkeys(names, file)
+        with SafetensorsFile(folder / file, {name: kinds[name] for name in names}) as stream:
+            for tensor in _tensors(checkpoint, stream.order):
+                stream.write(tensor)
+    if len(shards) > 1:
+        # The index comes last: it names files that are whole.
+        metadata = {
+            "total_size": sum(kind.num_bytes for kind in kinds.values()),
+            "total_parameters": sum(kind.num_bytes // kind.dtype.itemsize for kind in kinds.values()),
+        }
+        index = {"metadata": metadata, "weight_map": dict(sorted(places.items()))}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _tensors(checkpoint: Checkpoint, names: Sequence[str]) -> Iterator[torch.Tensor]:
+    """The weights called `names`, whole, in that order, each checked against its digest; a batch is held at a time."""
+    reader = RawReader(checkpoint.path, checkpoint.layout)
+    saved = _kinds(checkpoint.layout, None)
+    waiting = list(names)
+    while waiting:
+        count, size = 0, 0
+        while count < len(waiting) and (count == 0 or size + saved[waiting[count]].num_bytes <= _BATCH_BYTES):
+            size += saved[waiting[count]].num_bytes
+            count += 1
+        batch, waiting = waiting[:count], waiting[count:]
+        tensors = {f"model/{name}": torch.empty(saved[name].shape, dtype=saved[name].dtype) for name in batch}
+        with calling_dcp(f"could not read {checkpoint.path}"):
+            dcp_load(tensors, storage_reader=reader, planner=load_planner(), no_dist=True)
+        for name in batch:
+            yield tensors.pop(f"model/{name}")
+
+
+def _kinds(layout: Metadata, dtype: torch.dtype | None) -> dict[str, TensorKind]:
+    """Shape and dtype of each weight, in `dtype` where it is floating-point and `dtype` is given."""
+    kinds = {}
+    for key, tensor in layout.state_dict_metadata.items():
+        if key.startswith("model/"):
+            assert isinstance(tensor, TensorStorageMetadata)
+            saved = tensor.properties.dtype
+            target = dtype if dtype is not None and saved.is_floating_point else saved
+            kinds[key.removeprefix("model/")] = TensorKind(tuple(tensor.size), target)
+    return kinds
+
+
+def _verified_package(checkpoint: Checkpoint) -> list[Path]:
+    """The files of the model's package, after every file but the tensors' (checked as they are read) was verified."""
+    names = [name for name in checkpoint.manifest.files if not name.endswith(".bin")]
+    if damage := checkpoint.manifest.damaged_digests(checkpoint.path, names):
+        raise CheckpointError(f"{checkpoint.path} is damaged: {'; '.join(damage)}", fix="export another checkpoint")
+    files = [
+        checkpoint.path / name
+        for name in names
+        if name.startswith(f"{PACKAGE}/") and Path(name).name not in _NOT_EXPORTED
+    ]
+    if f"{PACKAGE}/config.json" not in names:
+        raise CheckpointError(
+            f"{checkpoint.path} has no model package, so that nothing could load its weights",
+            fix=f"put the model's files (config.json, code, tokenizer) into {checkpoint.path / PACKAGE}",
+        )
+    return files
+
+
+def _tell_dtype(config: Path, kinds: Mapping[str, TensorKind]) -> None:
+    """Let config.json name the weights' dtype, which is what they are loaded in by default."""
+    sizes: dict[torch.dtype, int] = {}
+    for kind in kinds.values():
+        if kind.dtype.is_floating_point:
+            sizes[kind.dtype] = sizes.get(kind.dtype, 0) + kind.num_bytes
+    content = json.loads(config.read_text())
+    content["dtype"] = str(max(sizes, key=lambda dtype: sizes[dtype])).removeprefix("torch.")
+    config.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts layers.2 before layers.10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
