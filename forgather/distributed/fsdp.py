@@ -21,23 +21,20 @@ from forgather.distributed.mixed_precision import COMPUTE_DTYPE, ComputeCopies, 
 ONE_GROUP_BELOW = 5_000_000
 
 
+_SPREAD = "_forgather_spread"  # the attribute of a model in which apply_fsdp notes what it did
+
+
 @dataclass(frozen=True)
 class Spread:
-    """What `apply_fsdp` did, in words for the user."""
+    """What `apply_fsdp` made of `auto`: into how many groups it cut, and what they compute in."""
 
-    wrapped: bool
-    num_groups: int
+    num_groups: int  # 0: one process, not wrapped
     precision: Precision
-
-    def describe(self) -> str:
-        if not self.wrapped:
-            return f"one process, not sharded, {self.precision}"
-        return f"FSDP2 in {self.num_groups} group{'s' if self.num_groups > 1 else ''}, {self.precision}"
 
 
 def apply_fsdp(
     model: nn.Module, mesh: Mesh, precision: Precision = "fp32", *, reshard_after_forward: bool = True
-) -> Spread:
+) -> None:
     """Shard `model` in place over `mesh`; a world of one is not wrapped, since wrapping costs 5 to 10 % there.
 
     Works on a model on meta. Gradients are summed over the ranks, not averaged: the loss has been divided by the number
@@ -48,7 +45,8 @@ def apply_fsdp(
     if mesh.device_mesh is None:
         if dtype is not None:
             ComputeCopies(model, dtype)
-        return Spread(wrapped=False, num_groups=0, precision=precision)
+        _remember(model, Spread(num_groups=0, precision=precision))
+        return
     # Inputs are not cast: with bf16 parameters every activation is bf16 already, and a cast at each block would round
     # what a model deliberately passes on in fp32, which the world of one does not do.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -63,7 +61,19 @@ def apply_fsdp(
         # The divisor alone would ask for a scaled sum, which gloo does not have; together they mean: just add up.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    return Spread(wrapped=True, num_groups=len(blocks) + 1, precision=precision)
+    _remember(model, Spread(num_groups=len(blocks) + 1, precision=precision))
+
+
+def describe_spread(model: nn.Module) -> str:
+    """How `apply_fsdp` has spread `model`, in words."""
+    spread = model.__dict__.get(_SPREAD, Spread(num_groups=0, precision="fp32"))
+    if spread.num_groups == 0:
+        return f"not sharded, {spread.precision}"
+    return f"FSDP2 in {spread.num_groups} group{'s' if spread.num_groups > 1 else ''}, {spread.precision}"
+
+
+def _remember(model: nn.Module, spread: Spread) -> None:
+    model.__dict__[_SPREAD] = spread
 
 
 def find_blocks(model: nn.Module) -> Iterator[nn.Module]:

@@ -21,11 +21,6 @@ class Group:
     parameters: Mapping[str, nn.Parameter]
     options: Mapping[str, Any]
 
-    def describe(self) -> str:
-        count = sum(parameter.numel() for parameter in self.parameters.values())
-        options = ", ".join(f"{key} {value}" for key, value in self.options.items()) or "the optimizer's own values"
-        return f"{self.name}: {len(self.parameters)} tensors, {count:,} parameters, {options}"
-
 
 def split(model: nn.Module, rules: Mapping[str, Mapping[str, Any] | None]) -> list[Group]:
     """The trainable parameters of `model` by the first rule whose `match` is found in their name; the others last.
@@ -62,8 +57,24 @@ def build_optimizer(
 ) -> Optimizer:
     """`optimizer` over the parameters of `model`, split by the rules in `groups` (see `split`)."""
     return optimizer(
-        [{"params": list(group.parameters.values()), **group.options} for group in split(model, groups)],
+        [
+            {"name": group.name, "params": list(group.parameters.values()), **group.options}
+            for group in split(model, groups)
+        ]
     )
+
+
+def describe_groups(optimizer: Optimizer) -> str:
+    """One line: the groups with their sizes and what is special about each."""
+    return "; ".join(_describe(group, optimizer.defaults) for group in optimizer.param_groups)
+
+
+def _describe(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+    count = sum(parameter.numel() for parameter in group["params"])
+    # The learning rate moves with the schedule, so it is no group's own by being different.
+    options = {key: group[key] for key in ("weight_decay", "betas", "eps") if key in group}
+    own = [f"{key} {value}" for key, value in options.items() if value != defaults[key] or key == "weight_decay"]
+    return f"{group.get('name', 'all')} {len(group['params'])} tensors, {count:,} parameters, {', '.join(own)}"
 
 
 def _compile(rule_name: str, pattern: object) -> re.Pattern[str]:

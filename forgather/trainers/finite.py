@@ -54,7 +54,7 @@ class _Verdict:
     def __init__(self, step: int, numbers: Tensor) -> None:
         self.step = step
         self.on_host = torch.empty(numbers.shape, pin_memory=numbers.is_cuda).copy_(numbers, non_blocking=True)
-        self.copied = torch.cuda.Event() if numbers.is_cuda else None
+        self.copied = torch.cuda.Event() if numbers.is_cuda else None  # type: ignore[no-untyped-call]
         if self.copied is not None:
             self.copied.record()
 

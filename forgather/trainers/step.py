@@ -12,10 +12,11 @@ from torch.optim import Optimizer
 
 from forgather.data.batch import Batch
 from forgather.distributed.collectives import sum_ranks
-from forgather.distributed.fsdp import mark_microbatch
+from forgather.distributed.fsdp import describe_spread, mark_microbatch, reshard
 from forgather.distributed.mesh import Mesh
 from forgather.metrics.step_result import StepResult
 from forgather.optim.clip import GradientClip
+from forgather.optim.groups import describe_groups
 from forgather.optim.schedules import Schedule
 from forgather.trainers.finite import FiniteWatch
 from forgather.trainers.loss import CausalLoss
@@ -63,7 +64,7 @@ class LocalStep:
         for batch, is_last in mark_last(batches):
             mark_microbatch(self.model, is_last)  # reduce once a step, not once a microbatch
             loss = self.loss(batch.to(self.device)) / num_targets
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             loss_sum += loss.detach()
         grad_norm = self.update(step, factor, loss_sum)
         tokens = sum(batch.input_ids.numel() for batch in batches)
@@ -84,6 +85,24 @@ class LocalStep:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return grad_norm
+
+    def rehearse(self, batches: Sequence[Batch]) -> float:
+        """The loss of a global batch, in nats a token, without learning from it; all ranks call it."""
+        num_targets = self.count_targets(batches)
+        with torch.no_grad():
+            total = sum((self.loss(batch.to(self.device)) for batch in batches), torch.zeros((), device=self.device))
+        reshard(self.model)
+        return float(sum_ranks(total / num_targets, self.mesh.data_group))
+
+    def describe(self) -> list[str]:
+        """Lines for the person who starts the run: what the parts of the step became."""
+        limit = "not clipped" if self.clip.max_norm is None else f"clipped to norm {self.clip.max_norm:g}"
+        return [
+            f"model: {type(self.model).__name__}, {describe_spread(self.model)}",
+            f"loss: {self.loss.describe()}",
+            f"optimizer: {type(self.optimizer).__name__}, peak lr {self.lr:g}, gradients {limit}",
+            f"groups: {describe_groups(self.optimizer)}",
+        ]
 
     def settle(self) -> None:
         """Make sure that the last step was sound; called before its result is shown or kept."""

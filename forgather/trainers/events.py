@@ -1,0 +1,135 @@
+"""What happens in a run, and the hooks that are told.
+
+A hook is any object that has some of these; it inherits nothing:
+
+    on_start(event: Started)           the run begins or goes on
+    on_step_end(event: StepEnded)      a step was made
+    on_evaluated(event: Evaluated)     the validation data were evaluated
+    on_saved(event: Saved)             a checkpoint is whole and on the disk
+    on_finish(event: Finished)         the last step of this process was made and saved
+    metrics() -> {name: number}        asked at a log step; logged as `<hook>/<name>`
+    wants_stop() -> bool               asked after each step; the run stops when any rank's answer is true
+    state_dict(), load_state_dict()    saved with the run, under the hook's name
+    __enter__(), __exit__()            around the whole run, also one that fails
+
+What every run needs (logging, evaluation, checkpoints) is in the loop itself and no hook. Hooks are called on every
+rank, in the order of the config. An event method that is misspelt is refused: it would never be called.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from difflib import get_close_matches
+from enum import Enum
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from forgather.distributed.collectives import agree
+from forgather.errors import ConfigError
+from forgather.metrics.step_result import StepResult
+
+
+class Outcome(Enum):
+    """How a run ended."""
+
+    FINISHED = "finished"
+    STOPPED = "stopped"  # a hook asked for it; the same command continues the run
+    NOTHING_TO_DO = "nothing to do"
+
+
+@dataclass(frozen=True)
+class Started:
+    """`step` steps are behind the run: 0, or those of the checkpoint that it goes on from."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class StepEnded:
+    """`step` steps have been made; `result` is this rank's account of the last one, on the device."""
+
+    step: int
+    result: StepResult
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    step: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Saved:
+    step: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class Finished:
+    step: int
+    outcome: Outcome
+
+
+Event = Started | StepEnded | Evaluated | Saved | Finished
+
+_METHODS: dict[type[Event], str] = {
+    Started: "on_start",
+    StepEnded: "on_step_end",
+    Evaluated: "on_evaluated",
+    Saved: "on_saved",
+    Finished: "on_finish",
+}
+
+
+class Hooks:
+    """The hooks of a run by name; a name with None is a hook that a config has taken out."""
+
+    def __init__(self, hooks: Mapping[str, Any | None]) -> None:
+        self.hooks = {name: hook for name, hook in hooks.items() if hook is not None}
+        for name, hook in self.hooks.items():
+            _refuse_unknown_events(name, hook)
+        self._listeners: dict[type[Event], list[Callable[[Any], None]]] = {
+            kind: [getattr(hook, method) for hook in self.hooks.values() if hasattr(hook, method)]
+            for kind, method in _METHODS.items()
+        }
+        self._metrics = {name: hook.metrics for name, hook in self.hooks.items() if hasattr(hook, "metrics")}
+        self._stoppers = [hook.wants_stop for hook in self.hooks.values() if hasattr(hook, "wants_stop")]
+        self._open = ExitStack()
+
+    def tell(self, event: Event) -> None:
+        """Call the hooks that have a method for this event."""
+        for listener in self._listeners[type(event)]:
+            listener(event)
+
+    def metrics(self) -> dict[str, float]:
+        """What the hooks measure, each name behind its hook's."""
+        return {f"{hook}/{name}": value for hook, ask in self._metrics.items() for name, value in ask().items()}
+
+    def want_stop(self) -> bool:
+        """Whether a hook on any rank wants the run to stop. Costs a collective only where a hook can want that."""
+        return bool(self._stoppers) and not agree(not any(ask() for ask in self._stoppers))
+
+    def with_state(self) -> dict[str, Any]:
+        """The hooks that are saved with the run."""
+        return {name: hook for name, hook in self.hooks.items() if hasattr(hook, "state_dict")}
+
+    def __enter__(self) -> Self:
+        for hook in self.hooks.values():
+            if hasattr(hook, "__enter__"):
+                self._open.enter_context(hook)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self._open.__exit__(kind, value, tb)
+
+
+def _refuse_unknown_events(name: str, hook: object) -> None:
+    known = list(_METHODS.values())
+    for attribute in dir(hook):
+        if attribute.startswith("on_") and attribute not in known and callable(getattr(hook, attribute)):
+            near = get_close_matches(attribute, known, n=1)
+            raise ConfigError(
+                f"hook {name!r}: there is no event for {type(hook).__name__}.{attribute}",
+                fix=f"did you mean {near[0]}?" if near else f"events are {', '.join(known)}",
+            )

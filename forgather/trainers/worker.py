@@ -1,0 +1,70 @@
+"""One rank of a run, from its project to its exit code."""
+
+import sys
+from typing import Any
+
+from forgather.checkpoint.resume import changes
+from forgather.config.project import Project
+from forgather.distributed.collectives import require_equal
+from forgather.distributed.environment import Environment
+from forgather.errors import EXIT_OK, EXIT_RESUMABLE, ConfigError
+from forgather.trainers.events import Outcome
+from forgather.trainers.trainer import Trainer
+
+
+def run_worker(project: Project, *, fresh: bool = False, dry_run: bool = False) -> int:
+    """Build the target `main` of `project` and run it; returns the exit code.
+
+    With `fresh` the run gets another folder instead of going on; `dry_run` does all but train. Needs the targets
+    `environment` and, for `fresh`, a target of that name, which `lib:train/causal_lm.yaml` has.
+    """
+    session = project.session()
+    environment: Environment = session.build("environment")
+    require_equal("the resolved configuration", project.digest)
+    trainer = _build(project, session, fresh)
+    run = trainer.checkpoints.run
+    try:
+        run.describe("config.yaml", project.show())
+        checkpoint = trainer.resume()
+        if checkpoint is not None:
+            run.say(f"going on from {checkpoint.path}")
+            mesh = trainer.state.mesh
+            for line in changes(checkpoint, config=project.show(), world_size=environment.world_size, mesh=mesh):
+                run.say(f"  changed since then: {line}")
+        if trainer.steps_done >= trainer.steps:
+            run.say(
+                f"nothing to do: {run.dir} has made {trainer.steps_done} steps of {trainer.steps}"
+                " (more steps continue it, --fresh begins another run)"
+            )
+            return EXIT_OK
+        if environment.is_main:
+            print(trainer.describe(), flush=True)
+        if dry_run:
+            loss = trainer.rehearse()
+            if environment.is_main:
+                print(f"dry run: the next batch has loss {loss:.4f}; nothing was trained")
+            return EXIT_OK
+        return EXIT_RESUMABLE if trainer.run() is Outcome.STOPPED else EXIT_OK
+    finally:
+        run.close()
+        # Leaving the group waits for nobody, unless this rank fails alone: then the process ends with its error.
+        if sys.exc_info()[0] is None:
+            environment.close()
+
+
+def _build(project: Project, session: Any, fresh: bool) -> Trainer:
+    given = {}
+    if fresh:
+        if not project.has("fresh"):
+            raise ConfigError(
+                f"config {project.config_name!r} has no target `fresh`, so --fresh cannot reach its run folder",
+                fix="extend lib:train/causal_lm.yaml, or give the config `fresh: false` and use it in its run folder",
+            )
+        given["fresh"] = True
+    main = session.build("main", given=given)
+    if not isinstance(main, Trainer):
+        raise ConfigError(
+            f"the target `main` of config {project.config_name!r} is a {type(main).__name__}, not a Trainer",
+            fix="let main be a !singleton:forgather.trainers.trainer:Trainer",
+        )
+    return main
