@@ -35,9 +35,8 @@ def run(options: Options) -> int:
 def _inspect(dataset: Any, options: Options) -> None:
     manifest = dataset.manifest()
     print(f"{manifest['name']}: {dataset.folder}")
-    print(
-        f"tokenizer {manifest['tokenizer']['digest']}, {manifest['tokenizer']['vocab_size']:,} tokens, {manifest['dtype']}"
-    )
+    tokenizer = manifest["tokenizer"]
+    print(f"tokenizer {tokenizer['digest']}, {tokenizer['vocab_size']:,} tokens, stored as {manifest['dtype']}")
     for warning in manifest["warnings"]:
         print(f"warning: {warning}")
     _print_sources(manifest)

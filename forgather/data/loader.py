@@ -5,6 +5,7 @@ equal runs of them and cuts it into microbatches. So where a run stands is one i
 resume on another mesh goes on with exactly the next sample.
 """
 
+import os
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -127,6 +128,7 @@ class Loader:
         if self._steps is None:
             self._steps = iter(self._dataloader())
             if self.workers == 0:
+                # One thread only: the reads stay in order.
                 self._thread = ThreadPoolExecutor(1, thread_name_prefix="forgather-loader")
         if self._thread is None:
             return next(self._steps)
@@ -135,6 +137,9 @@ class Loader:
         return read
 
     def _dataloader(self) -> StatefulDataLoader:
+        # Workers are forked, and a tokenizer that has used its threads before warns of that unless this is set.
+        if self.workers:
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         with warnings.catch_warnings():
             # torchdata 0.11 calls what torch 2.13 deprecates, at each construction.
             warnings.filterwarnings("ignore", message="'set_vital' is deprecated", category=UserWarning)
