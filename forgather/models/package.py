@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,9 +133,16 @@ class Package:
         title = "".join(word[:1].upper() + word[1:] for word in name.split("_"))
         title = title if title[:1].isalpha() else f"Model{title}"
         # Two packages in one process must not answer to one model_type, so it carries a digest of the sources.
-        unmarked = model_files(title, name, self.source, self.init_source, self.plan)
-        model_type = f"{name}-{_digest({key: text.encode() for key, text in unmarked.items()})[:8]}"
-        sources = model_files(title, model_type, self.source, self.init_source, self.plan)
+        make = partial(
+            model_files,
+            title,
+            source=self.source,
+            init_source=self.init_source,
+            sizes=self.hf_config,
+            plan=self.plan,
+        )
+        model_type = f"{name}-{_digest({key: text.encode() for key, text in make(name).items()})[:8]}"
+        sources = make(model_type)
         auto_map = {
             "AutoConfig": f"{MODULE}.{title}Config",
             "AutoModel": f"{MODULE}.{title}Model",

@@ -34,9 +34,7 @@ from .{initialization} import {build_rules} as init_rules
 class {title}Config(PreTrainedConfig):
     model_type = "{model_type}"
     keys_to_ignore_at_inference = ["past_key_values"]
-{plan}
-    rope_parameters: dict[str, Any] | None = None
-
+{plan}{fields}
 
 class {title}Model(Decoder):
     config_class = {title}Config
@@ -65,10 +63,13 @@ AutoModelForCausalLM.register({title}Config, {title}ForCausalLM, exist_ok=True)
 '''
 
 
-def model_files(title: str, model_type: str, source: str, init_source: str, plan: Mapping[str, Any]) -> dict[str, str]:
+def model_files(
+    title: str, model_type: str, *, source: str, init_source: str, sizes: Mapping[str, Any], plan: Mapping[str, Any]
+) -> dict[str, str]:
     """All files by name: the generated ones, and every part that they need, directly or through other parts.
 
     `source` builds the model and `init_source` its rules, each with a function of the config, as `!code` writes them.
+    Of `sizes` only the names and types are used: the config class declares them.
     """
     generated = MODELING.format(
         title=title,
@@ -77,7 +78,8 @@ def model_files(title: str, model_type: str, source: str, init_source: str, plan
         initialization=INITIALIZATION,
         build_model=_function(source, ARCHITECTURE),
         build_rules=_function(init_source, INITIALIZATION),
-        plan="".join(f"    {name} = {value!r}\n" for name, value in plan.items()).rstrip("\n"),
+        plan="".join(f"    {name} = {value!r}\n" for name, value in plan.items()),
+        fields="".join(f"    {name}: {_annotation(value)} = None\n" for name, value in sizes.items()),
     )
     files = {MODULE: generated, ARCHITECTURE: source, INITIALIZATION: init_source}
     parts = {"causal_lm", "decoder"} | _parts_of(source) | _parts_of(init_source)
@@ -86,6 +88,14 @@ def model_files(title: str, model_type: str, source: str, init_source: str, plan
             files[part] = _part(part)
             parts |= _parts_of(files[part])
     return {f"{name}.py": _standalone(name, text) for name, text in sorted(files.items())}
+
+
+def _annotation(value: Any) -> str:
+    if value is None:
+        return "Any"
+    if isinstance(value, Mapping):
+        return "dict[str, Any] | None"
+    return "int | float | None" if isinstance(value, float) else f"{type(value).__name__} | None"
 
 
 def _function(source: str, where: str) -> str:

@@ -1,0 +1,356 @@
+"""The package loads without Forgather, is kept, noticed as stale and rebuilt, and never collides with another."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from forgather.errors import ModelError
+from forgather.models.construct import construct, load_classes
+from forgather.models.package import MANIFEST, Package
+from forgather.models.weights import save_weights
+from tests.models.example import INIT_SOURCE, PLAN, SIZES, SOURCE, package, tokenizer
+from tests.ranks import RankPool
+
+TOKENS = torch.arange(3, 23).view(2, 10)
+
+# What the brief does with a model, in a process that has no Forgather.
+ELSEWHERE = """
+import json, sys, torch
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "forgather":
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Blocked())
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+model_path, saved = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=True)
+config = AutoConfig.from_pretrained(model_path, trust_remote_code=True)
+model = AutoModelForCausalLM.from_config(config)
+fresh = {name: parameter.std().item() for name, parameter in model.named_parameters()}
+model.eval()
+inputs = tokenizer("that this", return_tensors="pt").input_ids
+logits = model(inputs).logits
+model.save_pretrained(model_path)
+model.save_pretrained(saved)
+again = AutoModelForCausalLM.from_pretrained(model_path, trust_remote_code=True)
+copied = AutoModelForCausalLM.from_pretrained(saved, trust_remote_code=True)
+trunk = AutoModel.from_pretrained(saved, trust_remote_code=True)
+print(json.dumps({
+    "std": fresh,
+    "logits": logits[0, -1, :5].tolist(),
+    "generated": model.generate(inputs, max_new_tokens=5, do_sample=False).tolist(),
+    "ids": inputs.tolist(),
+    "equal": [torch.equal(other(inputs).logits, logits) for other in (again, copied)],
+    "trunk": torch.equal(trunk(inputs).last_hidden_state, model.model(inputs).last_hidden_state),
+    "tied": [other.lm_head.weight is other.model.embed_tokens.weight for other in (again, copied)],
+    "class": type(again).__name__,
+    "chat_template": tokenizer.chat_template,
+    "forgather": [name for name in sys.modules if name.split(".")[0] == "forgather"],
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    root = tmp_path_factory.mktemp("elsewhere")
+    package(root / "built" / "tied_llama", tie_word_embeddings=True).write()
+    shutil.move(root / "built" / "tied_llama", root / "moved")
+    environment = os.environ | {"HF_HOME": str(root / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "error::UserWarning", "-c", ELSEWHERE, root / "moved", root / "saved"]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return {**json.loads(done.stdout), "root": root}
+
+
+def test_the_brief_works_without_forgather(elsewhere: dict[str, Any]) -> None:
+    assert elsewhere["forgather"] == []
+    assert elsewhere["class"] == "TiedLlamaForCausalLM"
+    assert elsewhere["equal"] == [True, True]
+    assert elsewhere["trunk"]
+    assert elsewhere["tied"] == [True, True]
+    assert elsewhere["chat_template"] == "{{ messages }}"
+    assert len(elsewhere["generated"][0]) == len(elsewhere["ids"][0]) + 5
+
+
+def test_from_config_draws_by_the_rules(elsewhere: dict[str, Any]) -> None:
+    std = elsewhere["std"]
+    assert std["model.embed_tokens.weight"] == pytest.approx(64**-0.5, rel=0.05)
+    assert std["model.layers.2.self_attn.o_proj.weight"] == pytest.approx(0.02 / 6**0.5, rel=0.05)
+    assert std["model.layers.2.mlp.up_proj.weight"] == pytest.approx(0.02, rel=0.05)
+    assert std["model.norm.weight"] == 0
+    assert "lm_head.weight" not in std
+
+
+def test_a_tied_weight_is_saved_once(elsewhere: dict[str, Any]) -> None:
+    from safetensors import safe_open
+
+    with safe_open(elsewhere["root"] / "saved" / "model.safetensors", "pt") as weights:
+        assert "model.embed_tokens.weight" in weights.keys()  # noqa: SIM118  it is not a mapping
+        assert "lm_head.weight" not in weights.keys()  # noqa: SIM118
+
+
+def test_a_package_that_save_pretrained_wrote_into_is_not_stale(elsewhere: dict[str, Any]) -> None:
+    root = elsewhere["root"]
+    shutil.copytree(root / "moved", root / "back" / "tied_llama")
+    package(root / "back" / "tied_llama", tie_word_embeddings=True).write()
+
+
+def test_the_files_that_the_brief_names(tiny: Package) -> None:
+    names = {path.name for path in tiny.dir.iterdir()}
+    assert names >= {
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+        "modeling.py",
+        "attention.py",
+    }
+    assert not [name for name in names if "safetensors" in name or name == "__pycache__"]
+    config = json.loads((tiny.dir / "config.json").read_text())
+    assert {key: config[key] for key in SIZES} == SIZES
+    assert config["architectures"] == ["TinyLlamaForCausalLM"]
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    assert json.loads((tiny.dir / "generation_config.json").read_text()) == {
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 1,
+    }
+    assert json.loads((tiny.dir / "special_tokens_map.json").read_text()) == {
+        "bos_token": "<|bos|>",
+        "eos_token": "<|eos|>",
+        "pad_token": "<|pad|>",
+    }
+    assert tiny.tokenizer.special_tokens_map == AutoTokenizer.from_pretrained(tiny.dir).special_tokens_map
+    for source in tiny.dir.glob("*.py"):
+        assert "import forgather" not in source.read_text()
+        assert "from forgather" not in source.read_text()
+
+
+def test_plans_and_conventions(tiny: Package) -> None:
+    model = tiny.construct()
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert list(model._no_split_modules) == ["PreNormLayer"]
+    assert model.config.base_model_tp_plan == PLAN["base_model_tp_plan"]
+    assert model.tp_plan["model.layers.*.self_attn.q_proj"] == "colwise"
+    assert model.base_model is model.model
+    assert model.get_input_embeddings() is model.model.embed_tokens
+    assert model.get_output_embeddings() is model.lm_head
+    assert model.generation_config.eos_token_id == 2
+
+
+def test_from_config_needs_no_trust_flag_once_loaded(tiny: Package) -> None:
+    construct(tiny.dir)
+    config = AutoConfig.from_pretrained(tiny.dir)
+    assert type(AutoModelForCausalLM.from_config(config)).__name__ == "TinyLlamaForCausalLM"
+    assert type(AutoModel.from_config(config)).__name__ == "TinyLlamaModel"
+
+
+def test_the_vocabulary_can_be_resized(tied: Package) -> None:
+    model = tied.construct("cpu")
+    old = model.lm_head.weight[:277].clone()
+    model.resize_token_embeddings(300, mean_resizing=False)
+    assert model.config.vocab_size == 300
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(model.lm_head.weight[:277], old)
+    assert model.lm_head.weight[277:].std().item() == pytest.approx(64**-0.5, rel=0.1)
+
+
+def test_weights_are_saved_beside_the_code_and_replaced(folder: Path) -> None:
+    built = package(folder)
+    saved = built.construct("cpu", seed=3)
+    (built.write() / "model-00001-of-00002.safetensors").write_text("older weights")
+    assert [path.name for path in save_weights(saved, folder)] == ["model.safetensors"]
+    assert not list(folder.glob("model-*"))
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    for name, tensor in saved.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+    assert built.differences() == []
+
+
+def test_dtype_and_seed(tiny: Package) -> None:
+    model = tiny.construct("cpu", dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    one, same, other = (tiny.construct("cpu", seed=seed).lm_head.weight for seed in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def test_weights_can_be_left_to_whoever_loads_them(tied: Package) -> None:
+    model = tied.construct("cpu", seed=None)
+    whole = tied.construct("cpu")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    model.load_state_dict(whole.state_dict())
+    assert torch.equal(model.eval()(TOKENS).logits, whole.eval()(TOKENS).logits)
+
+
+def test_an_equal_package_is_kept(folder: Path) -> None:
+    package(folder).write()
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    package(folder).write()
+    assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [({"hidden_size": 128}, "config.json would be different"), ({"rms_norm_eps": 1e-6}, "rms_norm_eps")],
+)
+def test_another_package_is_stale_until_refreshed(folder: Path, sizes: dict[str, Any], said: str) -> None:
+    package(folder).write()
+    (folder / "runs").mkdir()
+    (folder / "model.safetensors").write_text("weights")
+    other = package(folder, **sizes)
+    with pytest.raises(ModelError, match=r"is stale: .*config\.json") as raised:
+        other.construct()
+    assert said in str(raised.value)
+    assert "model -r construct" in str(raised.value.fix)
+    other.write(refresh=True)
+    assert other.differences() == []
+    assert (folder / "runs").is_dir()
+    assert (folder / "model.safetensors").read_text() == "weights"
+    assert load_classes(folder).config.hidden_size == sizes.get("hidden_size", 64)
+    assert sorted(path.name for path in folder.parent.iterdir()) == [".tiny_llama.lock", "tiny_llama"]
+
+
+def test_a_package_of_another_architecture_is_stale(folder: Path) -> None:
+    package(folder).write()
+    source = SOURCE.replace("GatedMLP(hidden", "GatedMLP(bias=True, hidden")
+    other = Package(
+        source=source, init_source=INIT_SOURCE, hf_config=SIZES, tokenizer=tokenizer(), plan=PLAN, dir=folder
+    )
+    assert "architecture.py would be different" in other.differences()
+
+
+def test_edits_by_hand_are_stale(folder: Path) -> None:
+    built = package(folder)
+    built.write()
+    with (folder / "attention.py").open("a") as file:
+        file.write("# mine\n")
+    config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 9}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "norm.py").unlink()
+    assert built.differences() == [
+        "attention.py was edited",
+        "norm.py is missing",
+        "config.json says num_hidden_layers: 9, the configuration 3",
+    ]
+
+
+def test_parts_that_are_no_longer_used_go_with_a_refresh(folder: Path) -> None:
+    package(folder).write()
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"]["alibi.py"] = "0"
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    (folder / "alibi.py").write_text("")
+    with pytest.raises(ModelError, match=r"alibi\.py is no longer part of it"):
+        package(folder).write()
+    package(folder).write(refresh=True)
+    assert not (folder / "alibi.py").exists()
+
+
+@pytest.mark.parametrize("refresh", [False, True])
+def test_a_foreign_folder_is_left_alone(folder: Path, refresh: bool) -> None:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"holds config\.json, which Forgather has not written"):
+        package(folder).write(refresh)
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+
+
+def test_a_folder_with_runs_only_is_used(folder: Path) -> None:
+    (folder / "runs").mkdir(parents=True)
+    assert package(folder).construct().config.hidden_size == 64
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ModelError, match="cannot write the model package") as raised:
+        package(tmp_path / "file" / "model").write()
+    assert "--output-dir" in str(raised.value.fix)
+
+
+def test_code_that_needs_forgather_is_refused(folder: Path) -> None:
+    source = "from forgather.errors import ModelError\n" + SOURCE
+    built = Package(
+        source=source, init_source=INIT_SOURCE, hf_config=SIZES, tokenizer=tokenizer(), plan=PLAN, dir=folder
+    )
+    with pytest.raises(ModelError, match=r"architecture\.py would import forgather\.errors"):
+        built.write()
+    assert not folder.exists()
+
+
+def test_two_packages_with_the_same_names_do_not_collide(tmp_path: Path) -> None:
+    one, other = package(tmp_path / "a" / "llama"), package(tmp_path / "b" / "llama", hidden_size=32)
+    other.source = SOURCE.replace("CausalLM(\n        hf_config,\n        model", "CausalLM(hf_config, model")
+    models = [one.construct("cpu"), other.construct("cpu")]
+    assert type(models[0]) is not type(models[1])
+    for built, model in zip((one, other), models, strict=True):
+        config = AutoConfig.from_pretrained(built.dir)
+        assert config.model_type == model.config.model_type
+        assert type(AutoModelForCausalLM.from_config(config)) is type(model)
+        assert model(TOKENS).logits.shape == (2, 10, 277)
+
+
+def test_a_refreshed_package_is_imported_anew(folder: Path) -> None:
+    before = package(folder).construct()
+    changed = package(folder)
+    changed.source = SOURCE.replace("bias=False", "bias=True ")  # of equal size, within the same second
+    changed.write(refresh=True)
+    assert before.lm_head.bias is None
+    changed.init_source = INIT_SOURCE
+    assert construct(folder).lm_head.bias is not None
+
+
+def write_with_others(folder: Path) -> str:
+    import torch.distributed as dist
+
+    built = package(folder)
+    dist.barrier()
+    built.write()
+    assert built.construct("cpu").lm_head.weight.isfinite().all()
+    return built.digest
+
+
+def test_several_processes_may_write_one_package(folder: Path) -> None:
+    with RankPool(3) as pool:
+        assert len(set(pool.run(write_with_others, folder))) == 1
+    assert package(folder).differences() == []
+    assert sorted(path.name for path in folder.parent.iterdir()) == [".tiny_llama.lock", "tiny_llama"]
+
+
+def test_a_writer_that_was_killed_leaves_nothing_in_the_way(folder: Path) -> None:
+    built = package(folder)
+    aside = folder.parent / f".tiny_llama-{built.digest[:16]}.partial"
+    aside.mkdir(parents=True)
+    (aside / "config.json").write_text("half")
+    built.write()
+    assert built.differences() == []
+    assert not aside.exists()
+
+
+def test_a_refresh_that_was_killed_is_noticed(folder: Path) -> None:
+    package(folder).write()
+    other = package(folder, rms_norm_eps=1e-6)
+    aside = other._aside()
+    (aside / MANIFEST).replace(folder / MANIFEST)  # the first step of a refresh, and no other
+    assert other.differences() == ["config.json says rms_norm_eps: 1e-05, the configuration 1e-06"]
+    other.write(refresh=True)
+    assert other.differences() == []
+
+
+def test_importing_the_package_module_costs_no_torch() -> None:
+    code = "import sys, forgather.models.package; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
