@@ -1,5 +1,6 @@
 """The folder of a run: checkpoints, logs, and who is writing there."""
 
+import contextlib
 import re
 import sys
 from datetime import datetime
@@ -70,7 +71,8 @@ class RunFolder:
         """Tell the user: on stderr, and with the time in `logs/run.log`. Rank 0 speaks."""
         if rank() == 0:
             print(text, file=sys.stderr, flush=True)
-            with (self.logs / "run.log").open("a") as log:
+            # On a full disk it has at least been said; what is being said may be just that.
+            with contextlib.suppress(OSError), (self.logs / "run.log").open("a") as log:
                 log.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {text}\n")
 
     def close(self) -> None:

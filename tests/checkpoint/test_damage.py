@@ -1,0 +1,130 @@
+"""Damage is named by file, the next older whole checkpoint is used, and nothing mixed is ever loaded."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from forgather.checkpoint.run_folder import RunFolder
+from forgather.checkpoint.store import CheckpointStore
+from forgather.errors import CheckpointError
+from tests.checkpoint.training import Run
+
+
+def truncate(file: Path, older: Path) -> None:
+    file.write_bytes(file.read_bytes()[: -len(file.read_bytes()) // 10])
+
+
+def flip_a_byte(file: Path, older: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def swap_in_an_older_one(file: Path, older: Path) -> None:
+    shutil.copy(older, file)
+
+
+def delete(file: Path, older: Path) -> None:
+    file.unlink()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[CheckpointStore]:
+    with RunFolder(tmp_path / "run") as folder:
+        folder.describe("config.yaml", "a: 1\n")
+        yield CheckpointStore(folder, keep_last=3)
+
+
+def save_steps(store: CheckpointStore, *steps: int) -> dict[int, dict[str, torch.Tensor]]:
+    """Train to each of `steps` and save; the values there."""
+    run = Run()
+    values = {}
+    for step in range(1, max(steps) + 1):
+        run.step()
+        if step in steps:
+            store.run.describe("config.yaml", f"a: {step}\n")
+            store.save(run.state, step)
+            values[step] = run.values()
+    return values
+
+
+@pytest.mark.parametrize("name", ["rank-00000.bin", "tensors.json", "state.json", "config.yaml", "manifest.json"])
+@pytest.mark.parametrize("damage", [truncate, flip_a_byte, swap_in_an_older_one, delete])
+def test_the_file_is_named_and_the_older_checkpoint_is_loaded(
+    store: CheckpointStore, capsys: pytest.CaptureFixture[str], name: str, damage
+) -> None:
+    values = save_steps(store, 1, 2)
+    newest = store.run.checkpoints / "step-00000002"
+    if (
+        damage is swap_in_an_older_one
+        and (newest / name).read_bytes() == (newest.with_name("step-00000001") / name).read_bytes()
+    ):
+        pytest.skip("the two steps have the same file")
+    damage(newest / name, newest.with_name("step-00000001") / name)
+    checkpoint = store.newest()
+    said = capsys.readouterr().err
+    assert checkpoint is not None
+    assert checkpoint.step == 1
+    assert str(newest) in said
+    assert name in said
+    assert f"going on from {newest.with_name('step-00000001')}" in said
+    log = (store.run.logs / "run.log").read_text()
+    assert said in "".join(line.split(" ", 1)[1] for line in log.splitlines(keepends=True))
+    run = Run(seed=7)
+    store.load(run.state, checkpoint)
+    assert all(torch.equal(value, values[1][name]) for name, value in run.values().items())
+
+
+def test_a_renamed_checkpoint_is_not_taken_for_a_newer_one(store: CheckpointStore) -> None:
+    save_steps(store, 1, 2)
+    folder = store.run.checkpoints / "step-00000001"
+    folder.rename(folder.with_name("step-00000009"))
+    checkpoint = store.newest()
+    assert checkpoint is not None
+    assert checkpoint.step == 2
+
+
+def test_the_newest_is_the_highest_step_whatever_was_touched_last(store: CheckpointStore) -> None:
+    save_steps(store, 1, 2)
+    (store.run.checkpoints / "step-00000001" / "config.yaml").touch()
+    (store.run.checkpoints / "step-00000001").touch()
+    checkpoint = store.newest()
+    assert checkpoint is not None
+    assert checkpoint.step == 2
+
+
+def test_when_all_are_damaged_nothing_starts_anew_by_accident(store: CheckpointStore) -> None:
+    save_steps(store, 1, 2)
+    for folder in store.run.checkpoints.iterdir():
+        (folder / "rank-00000.bin").unlink()
+    with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged"):
+        store.newest()
+
+
+def test_the_step_of_a_damaged_checkpoint_can_be_saved_again(store: CheckpointStore) -> None:
+    save_steps(store, 1, 2)
+    newest = store.run.checkpoints / "step-00000002"
+    flip_a_byte(newest / "rank-00000.bin", newest)
+    checkpoint = store.newest()
+    assert checkpoint is not None
+    run = Run(seed=7)
+    store.load(run.state, checkpoint)
+    run.step()
+    store.save(run.state, 2)
+    again = CheckpointStore(store.run).newest()
+    assert again is not None
+    assert again.step == 2
+    assert (store.run.checkpoints / "step-00000002.damaged").is_dir()
+
+
+def test_damage_that_comes_after_the_check_stops_the_load(store: CheckpointStore) -> None:
+    """The reader checks each part that it reads whole, so a disk that fails between two reads is noticed."""
+    save_steps(store, 1)
+    checkpoint = store.newest()
+    assert checkpoint is not None
+    flip_a_byte(checkpoint.path / "rank-00000.bin", checkpoint.path)
+    with pytest.raises(CheckpointError, match=r"rank-00000\.bin was altered where"):
+        store.load(Run(seed=7).state, checkpoint)

@@ -1,0 +1,120 @@
+"""What was saved is what is loaded, bit for bit, on any number of ranks; and a resumed run is the undisturbed one."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.checkpoint.training import Run, load_newest, save_at
+from tests.ranks import RankPool
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator[RankPool]:
+    with RankPool(2) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def four_ranks() -> Iterator[RankPool]:
+    with RankPool(4) as pool:
+        yield pool
+
+
+def assert_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert torch.equal(tensor, right[name]), name
+
+
+def test_one_rank(tmp_path: Path) -> None:
+    saved, saved_hash = save_at(str(tmp_path / "run"), 3)
+    loaded, loaded_hash = load_newest(str(tmp_path / "run"))
+    assert_equal(saved, loaded)
+    assert saved_hash == loaded_hash
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_stop_and_resume_is_the_undisturbed_run(tmp_path: Path, tied: bool) -> None:
+    undisturbed = Run(tied=tied)
+    losses = [undisturbed.step() for _ in range(6)]
+    save_at(str(tmp_path / "run"), 3, tied=tied)
+    _, resumed = load_newest(str(tmp_path / "run"), more_steps=3, tied=tied)
+    assert resumed == undisturbed.hash()
+    assert len(set(losses)) == 6
+
+
+def steps_hash(steps: int) -> str:
+    run = Run()
+    for _ in range(steps):
+        run.step()
+    return run.hash()
+
+
+def test_stop_and_resume_on_two_ranks(tmp_path: Path, two_ranks: RankPool) -> None:
+    """Dropout differs from rank to rank, so that each rank must find its own random numbers again."""
+    undisturbed = two_ranks.run(steps_hash, 6)
+    two_ranks.run(save_at, str(tmp_path / "run"), 3)
+    resumed = two_ranks.run(load_newest, str(tmp_path / "run"), more_steps=3)
+    assert [digest for _, digest in resumed] == undisturbed
+    assert undisturbed[0] != undisturbed[1]
+
+
+def test_saved_on_two_loaded_on_one_and_four(tmp_path: Path, two_ranks: RankPool, four_ranks: RankPool) -> None:
+    saved = two_ranks.run(save_at, str(tmp_path / "run"), 3)[0][0]
+    assert_equal(saved, load_newest(str(tmp_path / "run"))[0])
+    for loaded, _ in four_ranks.run(load_newest, str(tmp_path / "run")):
+        assert_equal(saved, loaded)
+
+
+def test_saved_on_four_and_one_loaded_on_two(tmp_path: Path, two_ranks: RankPool, four_ranks: RankPool) -> None:
+    on_four = four_ranks.run(save_at, str(tmp_path / "four"), 3)[0][0]
+    on_one = save_at(str(tmp_path / "one"), 3)[0]
+    assert_equal(on_four, two_ranks.run(load_newest, str(tmp_path / "four"))[1][0])
+    assert_equal(on_one, two_ranks.run(load_newest, str(tmp_path / "one"))[1][0])
+
+
+def random_after_load(folder: str) -> float:
+    load_newest(folder)
+    return torch.rand(1).item()
+
+
+def test_other_ranks_start_new_streams_that_are_the_same_each_time(tmp_path: Path, four_ranks: RankPool) -> None:
+    save_at(str(tmp_path / "run"), 1)
+    first = four_ranks.run(random_after_load, str(tmp_path / "run"))
+    assert first == four_ranks.run(random_after_load, str(tmp_path / "run"))
+    assert len(set(first)) == 4
+
+
+def failing_save(folder: str) -> str:
+    from forgather.checkpoint.store import CheckpointStore
+    from forgather.distributed.collectives import rank
+    from forgather.errors import CheckpointError
+    from tests.checkpoint.training import open_store
+
+    run = Run()
+    store: CheckpointStore = open_store(Path(folder))
+    store.save(run.state, 1)
+    if rank() == 1:
+        # A folder where rank 1's file belongs, made while the save is under way.
+        capture = run.state.capture
+
+        def capture_and_block() -> object:
+            (store.run.checkpoints / ".step-00000002.partial" / "rank-00001.bin").mkdir()
+            return capture()
+
+        run.state.capture = capture_and_block  # type: ignore[method-assign, assignment]
+    try:
+        store.save(run.state, 2)
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        store.run.close()
+    return "saved"
+
+
+def test_when_one_rank_fails_all_say_so_and_nothing_appears(tmp_path: Path, two_ranks: RankPool) -> None:
+    messages = two_ranks.run(failing_save, str(tmp_path / "run"))
+    assert all("Is a directory" in message and "step-00000002" in message for message in messages), messages
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000001"]
