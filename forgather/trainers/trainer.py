@@ -96,12 +96,12 @@ class Trainer:
                     self.log()
                 if self.is_due(self.eval_every):
                     self.evaluate()
-                if self.is_due(self.save_every):
+                stopping = self.hooks.want_stop()
+                if stopping or self.is_due(self.save_every):
                     self.save()
-                if self.hooks.want_stop() and self.steps_done < self.steps:
+                if stopping and self.steps_done < self.steps:
                     outcome = Outcome.STOPPED
                     break
-            self.save()  # nothing happens if this step is saved already
             self.hooks.tell(Finished(self.steps_done, outcome))
         return outcome
 
