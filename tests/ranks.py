@@ -29,7 +29,13 @@ from typing import Any, Self
 
 _FORKSERVER = multiprocessing.get_context("forkserver")
 _FORKSERVER.set_forkserver_preload(
-    ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.distributed.tensor", "transformers"]
+    [
+        "torch",
+        "torch.distributed.fsdp",
+        "torch.distributed.checkpoint",
+        "torch.distributed.tensor",
+        "transformers.models.llama.modeling_llama",  # imported by name: the package itself loads a model only on use
+    ]
 )
 
 

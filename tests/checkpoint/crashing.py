@@ -1,0 +1,122 @@
+"""A process that trains and saves as if it would live for ever, for tests that kill it.
+
+It starts from a server that has imported everything, so a start costs 0.2 s. It reports one line an event:
+
+    resumed STEP HASH        what it found and took; STEP 0 is a new run
+    saving STEP / saved STEP
+    done HASH
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tests.ranks import _FORKSERVER
+
+HIDDEN = 128
+
+
+class Victim:
+    """The process, and the lines that it has reported so far."""
+
+    def __init__(self, folder: Path, steps: int, *, die_at: str | None = None) -> None:
+        self.lines: list[str] = []
+        self._ours, theirs = _FORKSERVER.Pipe()
+        self.errors = folder.with_name("stderr.log")
+        self._process = _FORKSERVER.Process(target=_train, args=(str(folder), steps, theirs, str(self.errors), die_at))
+        self._process.start()
+        theirs.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.kill()
+
+    def wait_for(self, start: str, timeout_s: float = 60.0) -> str | None:
+        """The next line that begins with `start`; None when the process has ended before."""
+        while True:
+            if not self._ours.poll(timeout_s):
+                raise AssertionError(f"no {start!r} within {timeout_s} s; so far: {self.lines}")
+            try:
+                self.lines.append(self._ours.recv())
+            except EOFError:
+                return None
+            if self.lines[-1].startswith(start):
+                return self.lines[-1]
+
+    def kill(self) -> None:
+        """As `kill -9` does."""
+        self._process.kill()
+        self._process.join()
+
+    def join(self) -> int | None:
+        self._process.join(60)
+        return self._process.exitcode
+
+
+def _train(folder: str, steps: int, pipe: Connection, errors: str, die_at: str | None) -> None:
+    import torch
+
+    from tests.checkpoint.training import Run, open_store
+
+    torch.set_num_threads(1)
+    sys.stderr = Path(errors).open("a", buffering=1)  # noqa: SIM115 - for the life of the process
+    run = Run(hidden=HIDDEN)
+    store = open_store(Path(folder))
+    checkpoint = store.newest()
+    step = 0
+    if checkpoint is not None:
+        store.load(run.state, checkpoint)
+        step = checkpoint.step
+    pipe.send(f"resumed {step} {run.hash()}")
+    if die_at is not None:
+        _arm(die_at)
+    while step < steps:
+        run.step()
+        step += 1
+        if step % 2 == 0:
+            pipe.send(f"saving {step}")
+            store.save(run.state, step)
+            pipe.send(f"saved {step}")
+    pipe.send(f"done {run.hash()}")
+
+
+def _arm(place: str) -> None:
+    """Let the process kill itself just before it does what `place` names, while it saves."""
+    from forgather.checkpoint import folder, store
+    from forgather.checkpoint.manifest import Manifest
+    from forgather.checkpoint.storage import RawWriter
+
+    def instead(owner: Any, name: str, when: Callable[..., bool]) -> None:
+        original = getattr(owner, name)
+
+        def die_or_do(*args: Any, **kwargs: Any) -> Any:
+            if when(*args, **kwargs):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+
+        setattr(owner, name, die_or_do)
+
+    match place:
+        case "tensors":
+            instead(RawWriter, "write_data", lambda *_: True)
+        case "layout":
+            instead(RawWriter, "finish", lambda *_, **__: True)
+        case "manifest":
+            instead(Manifest, "write", lambda *_: True)
+        case "sync":
+            instead(folder, "sync", lambda path: path.name == "manifest.json")
+        case "rename":
+            instead(Path, "rename", lambda self, target: self.name.endswith(".partial"))
+        case "retention":
+            instead(store, "remove", lambda path: not path.name.startswith("."))
+        case "removal":
+            instead(folder.shutil, "rmtree", lambda path: Path(path).name.endswith(".removed"))
+        case _:
+            raise ValueError(place)

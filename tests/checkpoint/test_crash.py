@@ -1,0 +1,89 @@
+"""kill -9 at any moment: the next start takes the last whole checkpoint, says so, and goes on as if undisturbed."""
+
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from forgather.checkpoint.folder import saved_steps, step_name
+from forgather.checkpoint.store import Checkpoint, open_checkpoint
+from tests.checkpoint.crashing import HIDDEN, Victim
+from tests.checkpoint.training import Run
+
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> list[str]:
+    """The hash after each number of steps of a run that nobody kills."""
+    run = Run(hidden=HIDDEN)
+    hashes = [run.hash()]
+    for _ in range(STEPS):
+        run.step()
+        hashes.append(run.hash())
+    return hashes
+
+
+def assert_only_whole_ones(run: Path) -> int:
+    """Every folder with a step's name is whole; return the highest step, 0 when there is none."""
+    steps = saved_steps(run / "checkpoints")
+    for step in steps:
+        assert isinstance(open_checkpoint(run / "checkpoints" / step_name(step)), Checkpoint)
+    return max(steps, default=0)
+
+
+@pytest.mark.parametrize("place", ["tensors", "layout", "manifest", "sync", "rename", "retention", "removal"])
+def test_killed_at_each_stage_of_a_save(tmp_path: Path, undisturbed: list[str], place: str) -> None:
+    run = tmp_path / "run"
+    with Victim(run, 6) as victim:
+        assert victim.wait_for("done") is not None
+    with Victim(run, STEPS, die_at=place) as victim:
+        assert victim.wait_for("done") is None
+        assert victim.lines[-1] == "saving 8"
+    expected = 8 if place in ("retention", "removal") else 6
+    assert assert_only_whole_ones(run) == expected
+    with Victim(run, 12) as victim:
+        assert victim.wait_for("resumed") == f"resumed {expected} {undisturbed[expected]}"
+        assert victim.wait_for("done") == f"done {undisturbed[12]}"
+    said = victim.errors.read_text()
+    if place != "retention":
+        left = ".step-00000004.removed" if place == "removal" else ".step-00000008.partial"
+        assert f"{left} was left by an interrupted save or removal; it is ignored" in said
+        assert f"removing {run / 'checkpoints' / left}" in said
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000010", "step-00000012"]
+
+
+def kill_at_random(tmp_path: Path, undisturbed: list[str], kills: int, seed: int) -> int:
+    """Kill a run `kills` times, every other time in a save, then let it end; return how many saves were hit."""
+    chance = random.Random(seed)
+    run = tmp_path / "run"
+    partials = 0
+    for number in range(kills):
+        with Victim(run, STEPS) as victim:
+            resumed = victim.wait_for("resumed")
+            assert resumed is not None
+            step = int(resumed.split()[1])
+            assert resumed == f"resumed {step} {undisturbed[step]}"
+            assert step == assert_only_whole_ones(run)
+            if number % 2 == 0:
+                victim.wait_for("saving")
+                time.sleep(chance.uniform(0, 0.03))
+            else:
+                time.sleep(chance.uniform(0, 0.3))
+        partials += any((run / "checkpoints").glob(".step-*"))
+    with Victim(run, STEPS) as victim:
+        assert victim.wait_for("done") == f"done {undisturbed[STEPS]}"
+    assert assert_only_whole_ones(run) == STEPS
+    assert not list((run / "checkpoints").glob(".step-*"))
+    return partials
+
+
+def test_killed_at_random(tmp_path: Path, undisturbed: list[str]) -> None:
+    kill_at_random(tmp_path, undisturbed, kills=6, seed=1)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_twenty_random_moments(tmp_path: Path, undisturbed: list[str], seed: int) -> None:
+    assert kill_at_random(tmp_path, undisturbed, kills=20, seed=seed) >= 3
