@@ -137,8 +137,6 @@ def _shown(name: str, value: float | str) -> str:
         return f"{name} {_printable(value)}"
     if name in _COLUMNS:
         return " ".join(_COLUMNS[name](value).split())  # without the padding: a row stands alone
-    if name == "seconds":
-        return f"{value:.2f} s"
     return f"{name} {value:,.4g}"
 
 

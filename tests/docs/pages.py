@@ -58,6 +58,11 @@ class Page:
                 lines.append(line)
         assert opened is None, f"{self}:{opened[2]}: this fence is never closed"
 
+    def indented_commands(self) -> str:
+        """The lines of indented code that begin with a command of ours, as one shell text."""
+        command = re.compile(r"^ {4,}((?:\w+=\S+ +)*(?:\S*forgather|torchrun|make|\S*python\d?) .*)$", re.MULTILINE)
+        return "\n".join(match[1] for match in command.finditer(self.prose()))
+
     def prose(self) -> str:
         """The page without its fenced blocks."""
         return re.sub(r"^\s*(```+)[^\n]*\n.*?^\s*\1\s*$", "", self.text, flags=re.MULTILINE | re.DOTALL)
@@ -86,9 +91,9 @@ class Page:
 
 
 def all_pages() -> list[Page]:
-    """README, CONTRIBUTING and every page below docs/."""
-    found = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-    return [Page(path) for path in found if path.exists()]
+    """The pages at the top, every page below docs/, and those that stand beside what they are about."""
+    folders = [ROOT / name for name in ("docs", "launch", "benchmarks")]
+    return [Page(path) for path in (*sorted(ROOT.glob("*.md")), *sorted(p for f in folders for p in f.rglob("*.md")))]
 
 
 def shell_commands(text: str) -> Iterator[list[str]]:
