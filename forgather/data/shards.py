@@ -22,10 +22,11 @@ from forgather.errors import DataError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-# A mapped page counts as resident once touched, and the kernel maps 16 around it. All are handed back after this many
-# bytes, so reading a terabyte at random costs no more memory than reading a megabyte. They stay in the page cache.
-_RESIDENT_BYTES = 32 * 2**20
-_FAULT_BYTES = 64 * 2**10
+# What is mapped counts as resident once touched, and one touch can map 2 MiB where the page cache holds large pages: of
+# the tokens, and of the index. All is handed back after this many bytes, so reading a terabyte at random takes no more
+# memory than reading a gigabyte. It stays in the page cache.
+_RESIDENT_BYTES = 64 * 2**20
+_BYTES_PER_TOUCH = 4 * 2**20
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -102,7 +103,7 @@ class ShardSet:
             out[done : done + len(piece)] = piece
             done += len(piece)
             shard += 1
-        self._touched += done * self.dtype.itemsize + _FAULT_BYTES
+        self._touched += done * self.dtype.itemsize + _BYTES_PER_TOUCH
         if self._touched > _RESIDENT_BYTES:
             self._touched = 0
             for mapped in self._maps or ():
