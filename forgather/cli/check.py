@@ -3,7 +3,8 @@
 from forgather.cli.options import Options
 from forgather.cli.parser import CommandParser
 from forgather.cli.terminal import print_error
-from forgather.config.project import Project, find_project, list_configs
+from forgather.config.files import find_project, list_configs
+from forgather.config.project import Project
 from forgather.errors import EXIT_OK, ForgatherError
 
 SUMMARY = "Check names, arguments and references without building anything"
@@ -22,9 +23,10 @@ def run(options: Options) -> int:
         print(f"{options.project.config_name}: ok")
         return EXIT_OK
     code = EXIT_OK
-    for name in list_configs(find_project(options.project_dir)):
+    for config in list_configs(find_project(options.project_dir)):
+        name = config.name.removesuffix(".yaml")
         try:
-            project = Project(options.project_dir, name, args=options.arguments, set=options.words)
+            project = Project(options.project_dir, name, args=options.arguments, words=options.words)
             project.check()
         except ForgatherError as error:
             print(f"{name}: broken")

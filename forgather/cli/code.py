@@ -29,7 +29,8 @@ def configure(parser: CommandParser) -> None:
 
 def run(options: Options) -> int:
     """Print the source."""
-    source = options.project.code(options.target, inputs=_names(options.inputs), freeze=_names(options.freeze))
+    freeze = _names(options.freeze) or None
+    source = options.project.code(options.target, inputs=_names(options.inputs), freeze=freeze)
     print(source.rstrip("\n"))
     return EXIT_OK
 

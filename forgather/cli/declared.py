@@ -10,7 +10,9 @@ from typing import Any
 
 from forgather.cli.commands import COMMANDS, load
 from forgather.cli.parser import CommandParser
+from forgather.config.parameters import Parameter
 from forgather.config.project import Project
+from forgather.config.tree import Plain
 from forgather.errors import ConfigError
 
 _PREFIX = "declared:"  # keeps the values of declared flags apart from a command's own in one namespace
@@ -21,34 +23,53 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def add_declared(project: Project) -> CommandParser:
-    """A parser with one flag for each declared parameter, in order of declaration."""
-    parser = CommandParser(prog="")
-    group = parser.add_argument_group(f"Dynamic arguments (declared by config {project.config_name!r})")
-    for name, parameter in project.parameters.items():
-        settings: dict[str, Any] = {
-            "dest": _PREFIX + name,
-            "default": argparse.SUPPRESS,
-            "help": _describe(parameter).replace("%", "%%"),
-        }
-        if parameter.type.rstrip("?") == "bool":
-            group.add_argument(flag(name), action=argparse.BooleanOptionalAction, **settings)
-        else:
-            metavar = "{" + ",".join(map(str, parameter.choices)) + "}" if parameter.choices else name.upper()
-            group.add_argument(flag(name), metavar=metavar, **settings)
-    return parser
+class Declared:
+    """The declared parameters of a config, as a parser with one flag for each, in order of declaration."""
+
+    def __init__(self, project: Project) -> None:
+        self.parameters = project.parameters
+        self.parser = CommandParser(prog="")
+        group = self.parser.add_argument_group(f"Dynamic arguments (declared by config {project.config_name!r})")
+        for name, parameter in self.parameters.items():
+            settings: dict[str, Any] = {
+                "dest": _PREFIX + name,
+                "default": argparse.SUPPRESS,
+                "help": _describe(parameter).replace("%", "%%"),
+            }
+            if parameter.type == "bool":
+                group.add_argument(flag(name), action=argparse.BooleanOptionalAction, **settings)
+            else:
+                choices = "{" + ",".join(map(_text, parameter.choices)) + "}" if parameter.choices else None
+                group.add_argument(flag(name), metavar=choices or name.upper(), **settings)
+
+    def take(self, options: argparse.Namespace) -> dict[str, Any]:
+        """Take the parameters that were given out of a parsed namespace, as values of their types."""
+        given = {key: value for key, value in vars(options).items() if key.startswith(_PREFIX)}
+        values = {}
+        for key, value in given.items():
+            delattr(options, key)
+            name = key.removeprefix(_PREFIX)
+            is_text = isinstance(value, str)  # a switch of a bool has its value already
+            values[name] = self.parameters[name].parse(value, f"{flag(name)} {value}") if is_text else value
+        return values
 
 
-def declared_values(options: argparse.Namespace) -> dict[str, Any]:
-    """Take the declared parameters that were given out of a parsed namespace."""
-    given = {key: value for key, value in vars(options).items() if key.startswith(_PREFIX)}
-    for key in given:
-        delattr(options, key)
-    return {key.removeprefix(_PREFIX): value for key, value in given.items()}
+def _describe(parameter: Parameter) -> str:
+    default = "required" if parameter.is_required else f"default: {_text(parameter.default)}"
+    return f"{parameter.help} ({default})".lstrip()
 
 
-def _describe(parameter: Any) -> str:
-    return parameter.help or ""
+def _text(value: Plain) -> str:
+    """Plain data as one would write it in YAML."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_text(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_text, value)) + "]"
+    return str(value)
 
 
 def refuse_reserved(project: Project) -> None:

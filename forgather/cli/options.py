@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from forgather.cli.commands import load
-from forgather.cli.declared import add_declared, declared_values, refuse_reserved
+from forgather.cli.declared import Declared, refuse_reserved
 from forgather.cli.parser import CommandParser, Line, UsageError, split, unknown
 from forgather.config.project import Project
 from forgather.errors import ConfigError, ForgatherError
@@ -31,14 +31,14 @@ class Options(argparse.Namespace):
     project_dir: str
     config_name: str | None
     arguments: dict[str, Any]  # declared parameters that were given
-    words: dict[str, str]  # key.path=value words
+    words: list[str]  # key.path=value
     rest: list[str]
     argv: list[str]
 
     @cached_property
     def project(self) -> Project:
         """The selected config with declared flags and words applied; a ConfigError if it is of another kind."""
-        project = Project(self.project_dir, self.config_name, args=self.arguments, set=self.words)
+        project = Project(self.project_dir, self.config_name, args=self.arguments, words=self.words)
         refuse_reserved(project)
         require_kind(project, self.command)
         return project
@@ -63,7 +63,7 @@ def read_options(name: str, tokens: Sequence[str], *, argv: Sequence[str]) -> Op
     module.configure(command)
     line = _split(tokens, command, None, words=module.NEEDS_CONFIG)
     wants_help = line.has("--help")
-    declared: CommandParser | None = None
+    declared: Declared | None = None
     trouble: ForgatherError | None = None
     if module.NEEDS_CONFIG and (line.unknown or wants_help):
         try:
@@ -86,14 +86,14 @@ def read_options(name: str, tokens: Sequence[str], *, argv: Sequence[str]) -> Op
     options.command = module
     options.verb = verb
     options.words = line.words
-    options.arguments = declared_values(options) if declared else {}
+    options.arguments = declared.take(options) if declared else {}
     options.rest = line.rest or []
     options.argv = list(argv)
     return options
 
 
-def _split(tokens: Sequence[str], command: CommandParser, declared: CommandParser | None, *, words: bool) -> Line:
-    parsers = [*command.verbs.values(), command, *([declared] if declared else [])]
+def _split(tokens: Sequence[str], command: CommandParser, declared: Declared | None, *, words: bool) -> Line:
+    parsers = [*command.verbs.values(), command, *([declared.parser] if declared else [])]
     flags = {**{text: value for parser in parsers for text, value in parser.flags().items()}, **_COMMON}
     aliases = dict(_SHORT)
     for parser in parsers:
@@ -103,12 +103,12 @@ def _split(tokens: Sequence[str], command: CommandParser, declared: CommandParse
     return split(tokens, flags, aliases, words=words)
 
 
-def _declared(line: Line, module: ModuleType) -> CommandParser:
-    """A parser of the flags that the selected config declares."""
+def _declared(line: Line, module: ModuleType) -> Declared:
+    """The flags that the selected config declares."""
     project = Project(line.value("--project") or ".", line.value("--config"))
     require_kind(project, module)
     refuse_reserved(project)
-    return add_declared(project)
+    return Declared(project)
 
 
 def _take_verb(command: CommandParser, line: Line, *, required: bool) -> str | None:
@@ -125,11 +125,11 @@ def _take_verb(command: CommandParser, line: Line, *, required: bool) -> str | N
 
 
 def _refuse_unknown(
-    line: Line, command: CommandParser, verb: str | None, declared: CommandParser | None, module: ModuleType
+    line: Line, command: CommandParser, verb: str | None, declared: Declared | None, module: ModuleType
 ) -> None:
     if line.rest is not None and not hasattr(module, "REST"):
         raise UsageError(f"`{command.prog}` takes no words after `--`", fix="leave out `--` and what follows it")
-    parsers = [command, *([command.verbs[verb]] if verb else []), *([declared] if declared else [])]
+    parsers = [command, *([command.verbs[verb]] if verb else []), *([declared.parser] if declared else [])]
     known = {text for parser in parsers for text in parser.flags()} | set(_COMMON)
     prog = f"{command.prog} {verb}" if verb else command.prog
     for flag, _ in line.flags:
@@ -143,7 +143,7 @@ def _refuse_unknown(
 def _final_parser(
     command: CommandParser,
     verb: str | None,
-    declared: CommandParser | None,
+    declared: Declared | None,
     module: ModuleType,
     trouble: ForgatherError | None,
 ) -> CommandParser:
@@ -162,7 +162,7 @@ def _final_parser(
         usage=_usage(command, verb, module),
         description=_description(chosen, command, verb, trouble),
         epilog=chosen.epilog,
-        parents=[*parents, *([declared] if declared else []), common],
+        parents=[*parents, *([declared.parser] if declared else []), common],
     )
 
 

@@ -5,12 +5,11 @@ argparse declares, converts and describes. The order of words is settled here fi
 """
 
 import argparse
-import difflib
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from forgather.config.names import nearest
 from forgather.errors import ForgatherError
 
 
@@ -21,8 +20,8 @@ class UsageError(ForgatherError):
 def unknown(kind: str, name: str, known: Iterable[str], of: str = "") -> UsageError:
     """The error for a name that is none of `known`, with the nearest of them."""
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    fix = f"did you mean {near[0]}?" if near else f"one of: {', '.join(known)}" if known else None
+    near = nearest(name, known) if name else None
+    fix = f"did you mean {near}?" if near else f"one of: {', '.join(known)}" if known else None
     what = f"unknown {kind} {name!r}" if name else f"no {kind} given"
     return UsageError(f"{what} of {of}" if of and name else f"{what} to {of}" if of else what, fix=fix)
 
@@ -57,17 +56,13 @@ class CommandParser(argparse.ArgumentParser):
         raise UsageError(f"{self.prog}: {message}", fix=f"see `{self.prog} --help`")
 
 
-# A key path has no blank before its "=": words, dots, and quoted or numbered parts in brackets.
-_WORD = re.compile(r"""[^\W\d]\w*(?:\.[^\s=.\[\]]+|\[(?:\d+|"[^"]*"|'[^']*')\])*=""")
-
-
 @dataclass
 class Line:
     """A command line after the command's name, sorted by what each word is."""
 
     flags: list[tuple[str, str | None]] = field(default_factory=list)
     positionals: list[str] = field(default_factory=list)
-    words: dict[str, str] = field(default_factory=dict)
+    words: list[str] = field(default_factory=list)  # key.path=value
     rest: list[str] | None = None  # what stands after `--`; None when there was no `--`
     unknown: list[str] = field(default_factory=list)
 
@@ -86,7 +81,7 @@ class Line:
 def split(tokens: Sequence[str], flags: dict[str, bool], aliases: dict[str, str], *, words: bool) -> Line:
     """Sort `tokens`; `flags` says which flags take a value, `aliases` gives the long form of short ones.
 
-    With `words`, `key.path=value` is taken out of the positionals. A flag that is not known is put in `unknown`, and
+    With `words`, words with a "=" are overrides and no positionals. A flag that is not known is put in `unknown`, and
     whatever follows it is read as if it took no value.
     """
     line = Line()
@@ -97,15 +92,11 @@ def split(tokens: Sequence[str], flags: dict[str, bool], aliases: dict[str, str]
             line.rest = left
             break
         if not token.startswith("-") or token == "-":
-            match = _WORD.match(token) if words else None
-            if match:
-                line.words[token[: match.end() - 1]] = token[match.end() :]
-            else:
-                line.positionals.append(token)
+            (line.words if words and "=" in token else line.positionals).append(token)
             continue
         name, equals, value = token.partition("=")
         if not token.startswith("--"):  # -o FILE, -oFILE, and -re for -r -e
-            name, equals, value = token[:2], token[2:], token[2:]
+            name, equals, value = token[:2], token[2:], token[2:].removeprefix("=")
             if equals and flags.get(name) is False:
                 left.insert(0, f"-{value}")
                 equals = ""

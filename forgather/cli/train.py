@@ -41,12 +41,12 @@ def run(options: Options) -> int:
         return _train(options)
     # Mistakes in the config are found here, once, before any rank starts.
     project = options.project
-    processes = options.nproc or count_cuda_devices() or 1
+    device = project.argument("device") if "device" in project.parameters else None
+    processes = options.nproc or (device != "cpu" and count_cuda_devices()) or 1
     if processes == 1 and not options.rest:
         return _train(options)
     from forgather.distributed.launcher import launch
 
-    del project
     words = options.argv[: options.argv.index("--")] if "--" in options.argv else options.argv
     return launch("forgather", words, processes, options.rest)
 
