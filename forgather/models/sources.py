@@ -14,6 +14,9 @@ MODULE = "modeling"  # config and model classes, the file that config.json's aut
 ARCHITECTURE = "architecture"
 INITIALIZATION = "initialization"
 
+# How an emitted source gets at a Python file that the configuration names by its path.
+OWN_FILE = re.compile(r"^(\w+) = _load_file\('\w+', '(.*)'\)\.(\w+)$", re.MULTILINE)
+
 # The composed classes and the rules' place in a package; {..} are filled in by `model_files`.
 MODELING = '''"""{title}: a causal language model, generated from a Forgather project.
 
@@ -71,6 +74,7 @@ def model_files(
     `source` builds the model and `init_source` its rules, each with a function of the config, as `!code` writes them.
     Of `sizes` only the names and types are used: the config class declares them.
     """
+    source, own = _own_files(source)
     generated = MODELING.format(
         title=title,
         model_type=model_type,
@@ -81,8 +85,8 @@ def model_files(
         plan="".join(f"    {name} = {value!r}\n" for name, value in plan.items()),
         fields="".join(f"    {name}: {_annotation(value)} = None\n" for name, value in sizes.items()),
     )
-    files = {MODULE: generated, ARCHITECTURE: source, INITIALIZATION: init_source}
-    parts = {"causal_lm", "decoder"} | _parts_of(source) | _parts_of(init_source)
+    files = {MODULE: generated, ARCHITECTURE: source, INITIALIZATION: init_source, **own}
+    parts = {"causal_lm", "decoder"}.union(*map(_parts_of, files.values()))
     while missing := sorted(parts - files.keys()):
         for part in missing:
             files[part] = _part(part)
@@ -103,6 +107,25 @@ def _function(source: str, where: str) -> str:
     functions = [node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
     assert functions, f"the source for {where}.py defines no function"
     return functions[-1]
+
+
+def _own_files(source: str) -> tuple[str, dict[str, str]]:
+    """The source with the project's own Python files imported from beside it, and those files."""
+    if not (loads := OWN_FILE.findall(source)):
+        return source, {}
+    loader = next(node for node in ast.parse(source).body if getattr(node, "name", "") == "_load_file")
+    lines = source.splitlines()
+    source = "\n".join([*lines[: loader.lineno - 1], *lines[loader.end_lineno :], ""])
+    source = OWN_FILE.sub(lambda load: f"from .{Path(load[2]).stem} import {load[3]} as {load[1]}", source)
+    paths = {Path(file) for _, file, _ in loads}
+    files = {path.stem: path.read_text(encoding="utf-8") for path in paths}
+    taken = [stem for stem in files if stem in (MODULE, ARCHITECTURE, INITIALIZATION) or find_spec(f"{PARTS}.{stem}")]
+    if taken or len(files) < len(paths):
+        raise ModelError(
+            f"the files of a model package would have the same name: {', '.join(taken or sorted(map(str, paths)))}",
+            fix="rename the project's own file",
+        )
+    return source, files
 
 
 def _parts_of(source: str) -> set[str]:
