@@ -167,7 +167,7 @@ class _Emitter:
             case Symbol():
                 return Code(self._symbol(node.spec))
             case Template():
-                return self._template(node, block, hint)
+                return self._template(node, block)
             case Given() | Argument():
                 return Code(node.name)
             case Part():
@@ -241,16 +241,16 @@ class _Emitter:
         block.lines.append(self._definition(name, node.body.params, body, result.layout))
         return Code(name)
 
-    def _template(self, node: Template, block: Block, hint: str) -> Code:
-        operands = [(operand, _tail_of_chain(str(chain))) for chain, operand, _ in node.operands]
+    def _template(self, node: Template, block: Block) -> Code:
+        operands = [(operand, _tail(operand)) for _, operand, _ in node.operands]
         codes = self._sequence(operands, block)
         replaced: dict[int, ast.expr] = {}
         for chain, value in node.values.items():
             replaced[id(chain.node)] = _parsed(flat(constant(value, self._builtin("float"))))
-        for (chain, _, length), code in zip(node.operands, codes, strict=True):
+        for (chain, operand, length), code in zip(node.operands, codes, strict=True):
             layout = code.layout
             if not isinstance(layout, str) or not code.is_pure:
-                name = self._name(hint)
+                name = self._name(_tail(operand))
                 block.assign(name, layout, is_ordered=not code.is_pure)
                 layout = name
             replaced[id(chain.parts[length - 1])] = _parsed(layout)
@@ -342,10 +342,6 @@ def _tail(node: Node) -> str:
         return _tail(node.target)
     names = [part for part in node.key.path if isinstance(part, str) and part not in ("result", "*")]
     return names[-1] if names else "made"
-
-
-def _tail_of_chain(chain: str) -> str:
-    return chain.split(".")[0].split("[")[0]
 
 
 def _hint(target: Node, hint: str) -> str:

@@ -4,16 +4,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from forgather.config.check import check_config
 from forgather.config.context import Context, Supplied
 from forgather.config.files import config_file, find_project, output_folder, read_project
+from forgather.config.graph import draw
 from forgather.config.inherit import Loader
 from forgather.config.nested import generate
+from forgather.config.nodes import Node
 from forgather.config.override import parse_word, python_overrides
 from forgather.config.parameters import Parameter, type_of
 from forgather.config.plain import is_plain
 from forgather.config.problems import Collector, Problems, problem
 from forgather.config.resolve import Namespace
 from forgather.config.session import Session
+from forgather.config.show import digest, show
 from forgather.config.tree import Place, Value
 
 
@@ -145,6 +149,38 @@ class Project:
     def build(self, target: str | Sequence[str], given: Mapping[str, Any] | None = None) -> Any:
         """The object of a target, or a list of several, in a session of their own."""
         return self.session().build(target, given)
+
+    def show(self, target: str | None = None, origin: bool = False) -> str:
+        """The resolved config as YAML to read and `diff`: one target, or parameters and all. Raises ConfigError."""
+        names = [str(name) for name in self._namespace.tree] if target is None else [target]
+        for name in names:
+            if name not in self._namespace.tree:
+                self._namespace.target(name)
+        return show(self._namespace, names, with_args=target is None, origin=origin)
+
+    @property
+    def digest(self) -> str:
+        """Equal for equal resolved configs, those of other projects that this one uses included. Raises ConfigError."""
+        return digest(self._namespace)
+
+    def graph(self, format: str = "mermaid") -> str:
+        """What is built from what, as `mermaid` or `dot` source. Raises ConfigError."""
+        problems = Collector()
+        roots: list[Node] = []
+        for name in self.targets():
+            tag = self._namespace.tree.items[self._namespace.tree.key(name)].tag
+            with problems.collecting():
+                if tag is None or tag.name != "project":
+                    roots.append(self._namespace.target(name))
+        problems.raise_any()
+        return draw(roots, format)
+
+    def check(self) -> list[str]:
+        """Imports every SPEC and binds every argument; builds nothing. Returns notes, such as unused parameters.
+
+        Raises ConfigError with every problem.
+        """
+        return [str(note) for note in check_config(self._namespace)]
 
     def code(self, target: str | Sequence[str], inputs: Iterable[str] = (), freeze: Iterable[str] | None = None) -> str:
         """Python whose `construct(*inputs)` builds what `build(target, given=inputs)` builds.

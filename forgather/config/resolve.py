@@ -38,7 +38,7 @@ from forgather.config.paths import Step, format_path, parse_path
 from forgather.config.plain import NotPlainError, index_plain, plain_value
 from forgather.config.problems import Collector, Problems, problem
 from forgather.config.specs import parse_spec
-from forgather.config.tree import ListValue, MappingValue, Place, Plain, Scalar, Value
+from forgather.config.tree import Key, ListValue, MappingValue, Place, Plain, Scalar, Value
 
 
 class Namespace:
@@ -188,7 +188,7 @@ class Namespace:
                 reached = other.reach(steps, place, None, in_expression=in_expression)
                 return reached._replace(used=reached.used | other.used)
             if tag == "function":
-                body = self._body(path, value, scope)
+                body = self.body(path, value, scope)
                 if step != "result" or not within(viewer, body):
                     fix = "refer to the function, or move what is inside to a target of its own"
                     raise problem(
@@ -251,6 +251,10 @@ class Namespace:
             return parse_path(text.strip()), frozenset(used)
         except ValueError as error:
             raise problem(value.place, f"!ref: {error}") from None
+
+    def reference_text(self, path: KeyPath, value: Value, scope: Scope | None) -> str:
+        """Where a `!ref` leads, its expressions settled. Raises Problems."""
+        return format_path(step.key for step in self._reference_steps(path, value, scope)[0])
 
     # Nodes
 
@@ -358,7 +362,7 @@ class Namespace:
                     plain = child.value if isinstance(child, Constant) else None
                     if not isinstance(plain, list | tuple):
                         raise problem(child.place, '"*" gives the positional arguments: it takes a list')
-                arguments.append((str(name), child))
+                arguments.append((name if isinstance(name, Key) else str(name), child))
         return arguments
 
     def _reference(self, key: NodeKey, value: Value, scope: Scope | None) -> Node:
@@ -372,12 +376,12 @@ class Namespace:
         return Part(key, value.place, scope, base, steps[-reached.remaining :])
 
     def _function(self, key: NodeKey, value: Value, scope: Scope | None) -> Function:
-        body = self._body(key.path, value, scope)
+        body = self.body(key.path, value, scope)
         assert isinstance(value, MappingValue), "the body was read from it"
         result = self.node((*key.path, "result"), value.items[value.key("result")], body)
         return Function(key, value.place, scope, body, result)
 
-    def _body(self, path: KeyPath, value: Value, scope: Scope | None) -> Scope:
+    def body(self, path: KeyPath, value: Value, scope: Scope | None) -> Scope:
         if path not in self._scopes:
             params = _function_params(value)
             self._scopes[path] = Scope(NodeKey(self.key, path), params, scope)

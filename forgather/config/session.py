@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from forgather.config.build import Builder
+from forgather.config.check import check_nodes
 from forgather.config.nodes import Node, walk
 from forgather.config.problems import Collector, problem
 from forgather.config.resolve import Namespace
@@ -32,6 +33,8 @@ class Session:
         for name in names:
             with problems.collecting():
                 nodes.append(self._namespace.target(name))
+        problems.raise_any()
+        check_nodes(nodes, problems)
         problems.raise_any()
         self._reached |= {str(node.key.path[0]) for node in walk(nodes) if node.key.namespace == self._namespace.key}
         built = [self._builder.build(node) for node in nodes]

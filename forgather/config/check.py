@@ -1,0 +1,66 @@
+"""Checks what can be known without building: every SPEC is imported, every argument bound to its signature."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from forgather.config.files import shipped_configs
+from forgather.config.nodes import Call, Node, Symbol, walk
+from forgather.config.problems import Collector, Problem
+from forgather.config.signatures import bind
+from forgather.config.specs import import_spec
+
+if TYPE_CHECKING:
+    from forgather.config.resolve import Namespace
+
+
+def check_nodes(roots: Iterable[Node], problems: Collector) -> None:
+    """Imports the SPECs that are reached from the roots and binds their arguments."""
+    for node in walk(list(roots)):
+        if not isinstance(node, Call | Symbol):
+            continue
+        with problems.collecting():
+            found = import_spec(node.spec, node.place)
+            if isinstance(node, Symbol):
+                continue
+            if callable(found):
+                bind(node, found, problems)
+            else:
+                fix = "write !symbol: for the thing itself"
+                problems.add(node.place, f"{node.spec} is a {type(found).__name__}, which cannot be called", fix=fix)
+
+
+def check_config(namespace: "Namespace") -> list[Problem]:
+    """Checks every target of a config; returns notes: what is odd but not wrong. Raises Problems with all at once."""
+    problems = Collector()
+    roots: list[Node] = []
+    for name, value in namespace.tree.items.items():
+        with problems.collecting():
+            if value.tag is not None and value.tag.name == "project":
+                namespace.instance((str(name),), value, None)
+            else:
+                roots.append(namespace.target(name))
+    for parameter, declaration in namespace.config.declarations.items():
+        if parameter in namespace.arguments or declaration.default is not None:
+            with problems.collecting():
+                namespace.value(parameter)
+    check_nodes(roots, problems)
+    for node in walk(roots):
+        if isinstance(node, Call | Symbol) and _is_private(node.spec.module, node.spec.symbol):
+            _refuse_shipped(node, problems)
+    problems.raise_any()
+    return [
+        Problem(declaration.place, f"the parameter {name!r} is never used", "remove it, or read it by ${...}")
+        for name, declaration in namespace.config.declarations.items()
+        if name not in namespace.read_parameters
+    ]
+
+
+def _is_private(module: str, symbol: str) -> bool:
+    return any(part.startswith("_") and not part.startswith("__") for part in (*module.split("."), *symbol.split(".")))
+
+
+def _refuse_shipped(node: Call | Symbol, problems: Collector) -> None:
+    if Path(node.place.file).is_relative_to(shipped_configs()):
+        fix = "name its public alias: a private name may be gone with the next release"
+        problems.add(node.place, f"shipped YAML names the private {node.spec}", fix=fix)

@@ -1,0 +1,132 @@
+"""The resolved configuration as text: for reading and for `diff`. Not meant to be read back in."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from forgather.config.nodes import Constant, KeyPath, Scope
+from forgather.config.scalars import AmbiguousScalarError, read_plain
+from forgather.config.tree import ListValue, MappingValue, Place, Plain, Scalar, Tag, Value, literal
+
+if TYPE_CHECKING:
+    from forgather.config.resolve import Namespace
+
+
+def show(namespace: "Namespace", targets: list[str], *, with_args: bool, origin: bool) -> str:
+    """The targets as YAML, expressions replaced by their values where they have one before building.
+
+    With `origin` each line ends in the place that it was written at. Raises Problems.
+    """
+    printer = _Printer(namespace)
+    if with_args and namespace.config.declarations:
+        printer.line("args:", None, 0)
+        for name in namespace.config.declarations:
+            supplied = namespace.arguments.get(name)
+            default = namespace.config.declarations[name].default
+            place = supplied.place if supplied else default.place if default else None
+            printer.value(("args", name), str(name), literal(namespace.value(name), place or Place("")), 1, None)
+    for name in targets:
+        printer.value((name,), name, namespace.tree.items[namespace.tree.key(name)], 0, None)
+    return printer.text(origin)
+
+
+def digest(namespace: "Namespace") -> str:
+    """A hash of the resolved config and of every other project that it names."""
+    names = [str(name) for name in namespace.tree]
+    texts = [str(namespace.config.path.name), show(namespace, names, with_args=True, origin=False)]
+    for path, value in _projects((), namespace.tree):
+        texts.append(digest(namespace.instance(path, value, None)))
+    return hashlib.blake2b("\0".join(texts).encode(), digest_size=16).hexdigest()
+
+
+def _projects(path: KeyPath, value: Value) -> Iterator[tuple[KeyPath, Value]]:
+    """The `!project` nodes of a tree."""
+    if value.tag is not None and value.tag.name == "project":
+        yield path, value
+    elif isinstance(value, MappingValue):
+        for name, item in value.items.items():
+            yield from _projects((*path, str(name)), item)
+    elif isinstance(value, ListValue):
+        for index, item in enumerate(value.items):
+            yield from _projects((*path, index), item)
+
+
+class _Printer:
+    def __init__(self, namespace: "Namespace") -> None:
+        self.namespace = namespace
+        self.lines: list[tuple[str, Place | None]] = []
+
+    def line(self, text: str, place: Place | None, depth: int) -> None:
+        self.lines.append(("  " * depth + text, place))
+
+    def text(self, origin: bool) -> str:
+        if not origin:
+            return "".join(f"{text}\n" for text, _ in self.lines)
+        width = min(72, max((len(text) for text, _ in self.lines), default=0))
+        return "".join(f"{text:<{width}}  # {place}\n" if place else f"{text}\n" for text, place in self.lines)
+
+    def value(self, path: KeyPath, key: str | None, value: Value, depth: int, scope: Scope | None) -> None:
+        """One value behind `key:`, or behind a dash when it is a list's item."""
+        value = self.resolved(path, value, scope)
+        head = "-" if key is None else f"{scalar_text(key)}:"
+        tag = f" {value.tag}" if value.tag else ""
+        inner = self.inner_scope(path, value, scope)
+        if isinstance(value, MappingValue) and value.items:
+            self.line(head + tag, value.place, depth)
+            for name, item in value.items.items():
+                below = inner if name == "result" else scope
+                self.value((*path, str(name)), str(name), item, depth + 1, below if inner else scope)
+        elif isinstance(value, ListValue) and value.items:
+            self.line(head + tag, value.place, depth)
+            for index, item in enumerate(value.items):
+                self.value((*path, index), None, item, depth + 1, scope)
+        else:
+            self.line(f"{head}{tag}{_inline(value)}", value.place, depth)
+
+    def inner_scope(self, path: KeyPath, value: Value, scope: Scope | None) -> Scope | None:
+        is_function = value.tag is not None and value.tag.name == "function"
+        return self.namespace.body(path, value, scope) if is_function else scope
+
+    def resolved(self, path: KeyPath, value: Value, scope: Scope | None) -> Value:
+        if not isinstance(value, Scalar) or not isinstance(value.content, str) or "${" not in value.content:
+            return value
+        if value.is_literal:
+            return value
+        if value.tag == Tag("ref"):
+            return Scalar(self.namespace.reference_text(path, value, scope), value.place, value.tag)
+        if value.tag is None and not (path[-2:-1] == ("set",) and len(path) > 2):
+            node = self.namespace.node(path, value, scope)
+            if isinstance(node, Constant):
+                return literal(node.value, value.place)
+        return value
+
+
+def _inline(value: Value) -> str:
+    if isinstance(value, MappingValue):
+        return " {}"
+    if isinstance(value, ListValue):
+        return " []"
+    assert isinstance(value, Scalar), "the three kinds of value"
+    if value.tag is not None:
+        return f" {value.content}" if not value.is_empty else ""
+    return f" {scalar_text(value.content)}"
+
+
+def scalar_text(value: Plain) -> str:
+    """A scalar as the reader takes it for the same value."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return repr(value).replace("inf", ".inf").replace("nan", ".nan")
+    if not isinstance(value, str):
+        return str(value)
+    is_simple = value == value.strip() and value[:1].isalnum() | (value[:1] in "_/.~") and value.isprintable()
+    try:
+        if is_simple and read_plain(value) == value and not any(mark in f"{value} " for mark in (": ", " #")):
+            return value
+    except AmbiguousScalarError:
+        pass
+    return json.dumps(value, ensure_ascii=False)
