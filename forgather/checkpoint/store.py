@@ -88,7 +88,7 @@ class CheckpointStore:
             tensors, document = state.capture()
             writer = RawWriter(draft.path)
             with calling_dcp(f"could not write {final}"):
-                dcp_save(tensors, storage_writer=writer, planner=_save_planner())
+                dcp_save(tensors, storage_writer=writer, planner=save_planner())
             for written in gather_objects(writer.written):
                 draft.files.update(written)
             if rank() == 0:
@@ -231,7 +231,7 @@ def _shown(shape: torch.Size, dtype: torch.dtype) -> str:
     return f"{list(shape)} {str(dtype).removeprefix('torch.')}"
 
 
-def _save_planner() -> DefaultSavePlanner:
+def save_planner() -> DefaultSavePlanner:
     return DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
 
 

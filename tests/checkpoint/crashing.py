@@ -30,6 +30,7 @@ class Victim:
         self.errors = folder.with_name("stderr.log")
         self._process = _FORKSERVER.Process(target=_train, args=(str(folder), steps, theirs, str(self.errors), die_at))
         self._process.start()
+        self.pid = self._process.pid
         theirs.close()
 
     def __enter__(self) -> Self:

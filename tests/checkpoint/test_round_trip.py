@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.checkpoint.training import Run, load_newest, save_at
+from forgather.distributed.collectives import rank
+from forgather.errors import CheckpointError
+from tests.checkpoint.training import Run, load_newest, open_store, save_at
 from tests.ranks import RankPool
 
 
@@ -87,14 +89,32 @@ def test_other_ranks_start_new_streams_that_are_the_same_each_time(tmp_path: Pat
     assert len(set(first)) == 4
 
 
-def failing_save(folder: str) -> str:
-    from forgather.checkpoint.store import CheckpointStore
-    from forgather.distributed.collectives import rank
-    from forgather.errors import CheckpointError
-    from tests.checkpoint.training import open_store
+def newest_step(folder: str) -> int:
+    store = open_store(Path(folder))
+    try:
+        checkpoint = store.newest()
+        return 0 if checkpoint is None else checkpoint.step
+    finally:
+        store.run.close()
 
+
+@pytest.mark.parametrize("name", ["rank-00000.bin", "rank-00001.bin", "state.json"])
+def test_all_ranks_take_the_same_checkpoint_when_one_sees_damage(
+    tmp_path: Path, two_ranks: RankPool, name: str
+) -> None:
+    for step in (1, 2):
+        two_ranks.run(save_at, str(tmp_path / "run"), step)
+    file = tmp_path / "run" / "checkpoints" / "step-00000002" / name
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    assert two_ranks.run(newest_step, str(tmp_path / "run")) == [1, 1]
+    assert name in (tmp_path / "run" / "logs" / "run.log").read_text()
+
+
+def failing_save(folder: str) -> str:
     run = Run()
-    store: CheckpointStore = open_store(Path(folder))
+    store = open_store(Path(folder))
     store.save(run.state, 1)
     if rank() == 1:
         # A folder where rank 1's file belongs, made while the save is under way.

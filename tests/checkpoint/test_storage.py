@@ -1,0 +1,107 @@
+"""Raw bytes behind DCP's planner: any rectangle of what any mesh has written."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+
+from forgather.checkpoint.layout import read_layout
+from forgather.checkpoint.storage import RawReader, RawWriter
+from forgather.checkpoint.store import calling_dcp, load_planner, save_planner
+from tests.ranks import RankPool
+
+SHAPES = [(), (1,), (7,), (5, 3), (4, 6, 2), (0, 3)]
+DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
+PLACEMENTS: list[list[Placement]] = [
+    [Replicate(), Replicate()],
+    [Shard(0), Replicate()],
+    [Replicate(), Shard(1)],
+    [Shard(0), Shard(1)],
+    [Shard(1), Shard(0)],
+]
+
+
+@pytest.fixture(scope="module")
+def four_ranks() -> Iterator[RankPool]:
+    with RankPool(4) as pool:
+        yield pool
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        f"{shape}-{dtype}": torch.randint(0, 2 if dtype == torch.bool else 100, shape, generator=generator).to(dtype)
+        for shape in SHAPES
+        for dtype in DTYPES
+    }
+
+
+def write(folder: Path, state: dict[str, torch.Tensor]) -> None:
+    with calling_dcp("saving"):
+        save(state, storage_writer=RawWriter(folder), planner=save_planner())
+
+
+def read(folder: Path, state: dict[str, torch.Tensor]) -> None:
+    with calling_dcp("loading"):
+        load(state, storage_reader=RawReader(folder), planner=load_planner())
+
+
+def test_all_shapes_and_dtypes(tmp_path: Path) -> None:
+    state = tensors()
+    write(tmp_path, state)
+    loaded = {name: torch.empty_like(tensor) for name, tensor in state.items()}
+    read(tmp_path, loaded)
+    for name, tensor in state.items():
+        assert torch.equal(tensor, loaded[name]), name
+
+
+def test_tensors_that_are_not_contiguous(tmp_path: Path) -> None:
+    state = {"a": torch.arange(12).view(3, 4).t()}
+    write(tmp_path, state)
+    loaded = {"a": torch.zeros(8, 6, dtype=torch.int64)[::2, ::2]}
+    read(tmp_path, loaded)
+    assert torch.equal(state["a"], loaded["a"])
+
+
+def test_bytes_stand_where_the_layout_says(tmp_path: Path) -> None:
+    write(tmp_path, {"a": torch.arange(6.0).view(2, 3)})
+    layout = read_layout(tmp_path)
+    ((_, chunk),) = layout.storage_data.items()
+    content = (tmp_path / chunk.file).read_bytes()[chunk.offset : chunk.offset + chunk.length]
+    assert torch.frombuffer(bytearray(content), dtype=torch.float32).tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def laid_out(state: dict[str, torch.Tensor], placements: list[Placement]) -> dict[str, torch.Tensor]:
+    mesh = init_device_mesh("cpu", (2, 2))
+    state = {name: tensor for name, tensor in state.items() if tensor.ndim >= 2}
+    return {name: distribute_tensor(tensor, mesh, placements) for name, tensor in state.items()}
+
+
+def save_and_load_everywhere(folder: str) -> None:
+    whole = tensors()
+    for number, placements in enumerate(PLACEMENTS):
+        place = Path(folder) / str(number)
+        place.mkdir(exist_ok=True)
+        write(place, laid_out(whole, placements))
+        assert all(sum(math.prod(c.sizes) for c in t.chunks) == math.prod(t.size) for t in stored(place))
+        for others in PLACEMENTS:
+            loaded = laid_out({name: torch.zeros_like(tensor) for name, tensor in whole.items()}, others)
+            read(place, loaded)
+            for name, tensor in loaded.items():
+                assert isinstance(tensor, DTensor)
+                assert torch.equal(tensor.full_tensor(), whole[name]), (name, placements, others)
+
+
+def stored(folder: Path) -> list:
+    return list(read_layout(folder).state_dict_metadata.values())
+
+
+def test_any_mesh_loads_what_any_mesh_saved(tmp_path: Path, four_ranks: RankPool) -> None:
+    """Rows, columns and both, over two dimensions of a mesh; what is replicated is stored once."""
+    four_ranks.run(save_and_load_everywhere, str(tmp_path))
