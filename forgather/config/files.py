@@ -52,14 +52,14 @@ class ConfigSummary(NamedTuple):
 def find_project(start: str | Path = ".") -> Path:
     """The nearest folder, from `start` upwards, that holds a project.yaml. Raises Problems."""
     folder = Path(os.path.abspath(start))  # noqa: PTH100  (a link to a project is that project, under its own name)
-    for each in (folder, *folder.parents):
-        if (each / PROJECT_FILE).is_file():
-            return each
     fix = "run inside a project, name one with -p DIR, or make one: forgather project new DIR"
     if not folder.exists():
         siblings = [each.name for each in folder.parent.iterdir()] if folder.parent.is_dir() else []
         near = did_you_mean(folder.name, siblings)
         raise problem(None, f"no folder {shown_path(folder)}", fix=near if near.startswith("did") else fix)
+    for each in (folder, *folder.parents):
+        if (each / PROJECT_FILE).is_file():
+            return each
     raise problem(None, f"no {PROJECT_FILE} in {shown_path(folder)} or any folder above", fix=fix)
 
 
