@@ -50,7 +50,7 @@ def _describe(folder: Path, options: Options) -> str:
         project = read_project(folder)
         configs = list_configs(folder)
     except ForgatherError as error:
-        return f"{folder}\n    broken: {_indented(error)}"
+        return f"{_shown(folder)}\n    broken: {_indented(error)}"
     lines = [f"{project.name}  {project.description}".rstrip() + f"  ({_shown(folder)})"]
     width = max((len(_name(config)) for config in configs), default=0)
     for config in configs:

@@ -87,6 +87,8 @@ def _dispatch(arguments: Sequence[str]) -> int:
     options = read_options(name, [*before, *arguments[place + 1 :]], argv=arguments)
     if options is None:  # --help was asked for, and given
         return EXIT_OK
+    if getattr(options.command, "TARGETS", ()):
+        _ = options.project  # a config of another kind is told before the command imports what takes seconds
     code: int = options.command.run(options)
     return code
 

@@ -107,7 +107,7 @@ def test_the_selection_stands_before_or_after_the_command(before, forgather, pro
         (["show", "--hidden-size", "x"], "hidden_size"),
         (["show", "--hidden-size", "0"], "at least 1"),
         (["show", "--mode", "medium"], "fast"),
-        (["show", "main.stesp=3"], "stesp"),
+        (["show", "mian.steps=3"], "did you mean 'main'?"),
         (["show", "mian"], "main"),
         (["show", "-p", "nowhere"], "nowhere"),
     ],

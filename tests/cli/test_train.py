@@ -34,12 +34,12 @@ def started(monkeypatch):
 
 
 def test_without_devices_one_rank_runs_in_this_process(forgather, started):
-    done = forgather("train", "--fresh", "main.steps=7", "--lr", "1")
+    done = forgather("train", "--fresh", "main.steps=7", "--lr", "1.5")
     assert done.code == 75
     ((name, config, fresh, dry_run, shown),) = started
     assert (name, config.removesuffix(".yaml"), fresh, dry_run) == ("worker", "train", True, False)
     assert "steps: 7" in shown
-    assert "lr: 1.0" in shown
+    assert "lr: 1.5" in shown
 
 
 def test_several_ranks_get_the_same_words(forgather, started):
