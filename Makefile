@@ -30,5 +30,16 @@ test: $(STAMP)
 soak: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --timeout 3600 -m "soak"
 
+# About two minutes of training on two CPU cores. Run again it continues, or finds the run finished.
+demo: $(STAMP)
+	$(BIN)/forgather -p configs/tiny_llama train --nproc 2
+	test -d demo || $(BIN)/forgather export configs/tiny_llama/runs/train demo
+	$(BIN)/python launch/sample.py demo
+
+# Each prints ratios against a baseline that runs in the same process; the hand-written baselines stand beside them.
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.loader
+
 clean:
 	rm -rf $(VENV)
