@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,7 +39,9 @@ def launch(module: str, arguments: Sequence[str], processes: int, extra: Sequenc
     # torchrun would say 1 whatever the machine; this shares it out.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _num_cores() // processes)))
     _log_to(folder / "torchrun.log")
-    settings = _parse(_command(module, arguments, processes, extra))
+    settings = _parse(_command(module, processes, extra))
+    # Not parsed with the rest: argparse looks for torchrun's flags among the program's own, `--nproc` for one.
+    settings.training_script_args = list(arguments)
     try:
         torchrun.run(settings)  # type: ignore[no-untyped-call]
     except ChildFailedError as failed:
@@ -56,12 +59,12 @@ def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-def _command(module: str, arguments: Sequence[str], processes: int, extra: Sequence[str]) -> list[str]:
+def _command(module: str, processes: int, extra: Sequence[str]) -> list[str]:
     meeting = [] if any(word.startswith(_RENDEZVOUS) for word in extra) else ["--standalone"]
-    return [*meeting, f"--nproc-per-node={processes}", *extra, "-m", module, *arguments]
+    return [*meeting, f"--nproc-per-node={processes}", *extra, "-m", module]
 
 
-def _parse(command: list[str]) -> object:
+def _parse(command: list[str]) -> Namespace:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
