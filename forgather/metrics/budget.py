@@ -66,7 +66,7 @@ def describe(
     lines = [
         ("mesh", mesh),
         ("parameters", f"{parameters:,}"),
-        ("tokens", f"{_tokens(coverage)}; {coverage.tokens / parameters:,.1f} a parameter"),
+        ("tokens", f"{_tokens(coverage)}; {coverage.tokens / parameters:,.3g} a parameter"),
         ("data", _epochs(coverage)),
     ]
     if steps_done:

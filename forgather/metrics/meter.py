@@ -118,7 +118,7 @@ def _columns(values: list[float], device: torch.device) -> list[list[float]]:
         return [[value] for value in values]
     mine = torch.tensor(values, dtype=torch.float64, device=device)
     gathered = torch.empty(ranks * len(values), dtype=torch.float64, device=device)
-    dist.all_gather_into_tensor(gathered, mine)
+    dist.all_gather_single(gathered, mine)
     columns: list[list[float]] = gathered.view(ranks, len(values)).T.tolist()
     return columns
 

@@ -60,7 +60,7 @@ def test_the_text_says_everything_once():
     assert text.splitlines() == [
         "mesh        replicate 1 x shard 2: 2 processes on cpu, 1 thread each",
         "parameters  4,000,000",
-        "tokens      8,192 a step x 1,000 steps = 8,192,000; 2.0 a parameter",
+        "tokens      8,192 a step x 1,000 steps = 8,192,000; 2.05 a parameter",
         "data        1,234,567 train tokens: 6.64 epochs, high (the model may begin to learn the data by heart); "
         "steps: 302 for 2, 528 for 3.5, 754 for 5",
         "batch       32 rows, 2 microbatches of 8 on each rank",

@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 
 import pytest
 import torch
@@ -140,14 +141,15 @@ def two_ranks():
 
 def flush_on_a_rank() -> tuple[dict[str, float], int]:
     calls = 0
-    gather = dist.all_gather_into_tensor
+    gather = dist.all_gather_single
 
     def counted(*args, **kwargs):
         nonlocal calls
         calls += 1
         return gather(*args, **kwargs)
 
-    dist.all_gather_into_tensor = counted
+    dist.all_gather_single = counted
+    warnings.simplefilter("error")  # what torch deprecates would be said at each log step, by each rank
     try:
         rank = dist.get_rank()
         meter = Meter(CPU)
@@ -158,7 +160,8 @@ def flush_on_a_rank() -> tuple[dict[str, float], int]:
             time.sleep(0.05 * rank)
         return meter.flush(2), calls
     finally:
-        dist.all_gather_into_tensor = gather
+        warnings.resetwarnings()
+        dist.all_gather_single = gather
 
 
 def test_two_ranks_agree_after_one_collective(two_ranks):
