@@ -78,7 +78,7 @@ def declare(declarations: dict[str, Declaration], args: MappingValue | None, pro
             fix = f"write {key}: {{type: int?, default: null}}, with the type it has when it is not null"
             problems.add(value.place, f"null does not tell the type of {str(key)!r}", fix=fix)
         else:
-            declarations[key] = Declaration(str(key), key.place, default=value)
+            declarations[key] = Declaration(str(key), key.place, type=_written_type(value), default=value)
 
 
 def _declaration(known: Declaration, value: MappingValue, problems: Collector) -> Declaration:
@@ -167,6 +167,14 @@ def plain_data(value: Value) -> Plain:
         return [plain_data(item) for item in value.items]
     assert isinstance(value, MappingValue), "the three kinds of value"
     return {str(key): plain_data(item) for key, item in value.items.items()}
+
+
+def _written_type(value: Value) -> str | None:
+    """The type of a short declaration's value; None for an expression, whose value tells it later."""
+    if isinstance(value, Scalar):
+        is_expression = isinstance(value.content, str) and "${" in value.content
+        return None if is_expression else type_of(value.content)
+    return "list"
 
 
 def absolute(path: str, place: Place) -> str:
