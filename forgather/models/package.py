@@ -32,14 +32,15 @@ MANIFEST = "forgather_package.json"
 class Package:
     """What a model project's `package` target builds; the folder is written by `write`, or by the first `construct`.
 
-    `source` and `init_source` are what `!code` makes of the targets `model` and `init_rules`, with `hf_config` given;
-    `hf_config` holds the sizes; `plan` the parallelism plans in transformers' form, which become attributes of the
-    config class.
+    `name` becomes that of the classes (llama_4m: `Llama4mForCausalLM`). `source` and `init_source` are what `!code` has
+    made of the targets `model` and `init_rules`, with `hf_config` given; `hf_config` holds the sizes; `plan` the
+    parallelism plans in transformers' form, which become attributes of the config class.
     """
 
     def __init__(
         self,
         *,
+        name: str,
         source: str,
         init_source: str,
         hf_config: Mapping[str, Any],
@@ -47,6 +48,7 @@ class Package:
         plan: Mapping[str, Any],
         dir: str | Path,
     ) -> None:
+        self.name = name
         self.source = source
         self.init_source = init_source
         self.hf_config = dict(hf_config)
@@ -104,7 +106,8 @@ class Package:
                 found.append(f"{name} is missing")
             elif name.endswith(".py") and manifest[name] != _hash(on_disk.read_bytes()):
                 found.append(f"{name} was edited")
-        return found + self._edited_sizes()
+        edited = self._edited_sizes()  # says more than that the file would be different
+        return [line for line in found if not (edited and line.startswith("config.json "))] + edited
 
     def stale(self, differences: list[str]) -> ModelError:
         """The error that says so."""
@@ -129,7 +132,7 @@ class Package:
 
     @cached_property
     def _files(self) -> dict[str, bytes]:
-        name = re.sub(r"\W", "_", self.dir.name)
+        name = re.sub(r"\W", "_", self.name)
         title = "".join(word[:1].upper() + word[1:] for word in name.split("_"))
         title = title if title[:1].isalpha() else f"Model{title}"
         # Two packages in one process must not answer to one model_type, so it carries a digest of the sources.
@@ -188,7 +191,12 @@ class Package:
             ) from error
 
     def _aside(self) -> Path:
-        """The whole package in a folder beside its place, named by digest. Only the holder of the lock calls this."""
+        """The whole package in a folder beside its place, named by digest, and tried: a model can be made from it.
+
+        Only the holder of the lock calls this.
+        """
+        from forgather.models.construct import construct
+
         aside = self.dir.parent / f".{self.dir.name}-{self.digest[:16]}.partial"
         shutil.rmtree(aside, ignore_errors=True)  # a writer that was killed
         aside.mkdir()
@@ -196,6 +204,11 @@ class Package:
             (aside / name).write_bytes(content)
         files = {name: _hash(content) for name, content in self._files.items()}
         (aside / MANIFEST).write_bytes(_json({"digest": self.digest, "files": files}))
+        try:
+            construct(aside)
+        except BaseException:
+            shutil.rmtree(aside)
+            raise
         return aside
 
     def _move_in(self) -> None:

@@ -4,6 +4,7 @@ import tempfile
 from pathlib import Path
 
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 WEIGHTS = "model*.safetensors*"  # the files of save_pretrained: one or several shards, and their index
 
@@ -14,7 +15,11 @@ def save_weights(model: PreTrainedModel, package: Path) -> list[Path]:
     They are written aside and renamed, the index last, and what is left of older weights goes after that.
     """
     with tempfile.TemporaryDirectory(dir=package, prefix=".weights-") as folder:
+        shown = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
         model.save_pretrained(folder)
+        if shown:
+            logging.enable_progress_bar()
         written = sorted(Path(folder).glob(WEIGHTS), key=lambda path: (path.suffix == ".json", path.name))
         saved = [path.replace(package / path.name) for path in written]
     for path in package.glob(WEIGHTS):

@@ -1,4 +1,4 @@
-"""A small Llama as a configuration would give it: the emitted sources, the sizes, a tokenizer."""
+"""A small Llama: the sources that its project emits, with sizes and a tokenizer for tests."""
 
 from pathlib import Path
 from typing import Any
@@ -6,64 +6,13 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
+from forgather import Project
+from forgather.config.files import shipped_configs
 from forgather.models.package import Package
 
-SOURCE = """
-from functools import partial
-
-from forgather.models.parts.attention import Attention
-from forgather.models.parts.causal_lm import CausalLM
-from forgather.models.parts.decoder import Decoder, stack
-from forgather.models.parts.layer import PreNormLayer
-from forgather.models.parts.mlp import GatedMLP
-from forgather.models.parts.norm import RMSNorm
-from forgather.models.parts.rotary import RotaryEmbedding
-from torch.nn import Embedding, Linear
-
-
-def build(hf_config):
-    def layer(layer_idx):
-        return PreNormLayer(
-            self_attn=Attention(
-                hf_config,
-                layer_idx,
-                hidden_size=hf_config.hidden_size,
-                num_heads=hf_config.num_attention_heads,
-                num_kv_heads=hf_config.num_key_value_heads,
-                dropout=hf_config.attention_dropout,
-                sliding_window=hf_config.sliding_window,
-            ),
-            mlp=GatedMLP(hidden_size=hf_config.hidden_size, intermediate_size=hf_config.intermediate_size),
-            input_layernorm=RMSNorm(hf_config.hidden_size, eps=hf_config.rms_norm_eps),
-            post_attention_layernorm=RMSNorm(hf_config.hidden_size, eps=hf_config.rms_norm_eps),
-        )
-
-    return CausalLM(
-        hf_config,
-        model=Decoder(
-            hf_config,
-            embed_tokens=Embedding(hf_config.vocab_size, hf_config.hidden_size),
-            layers=stack(layer, hf_config.num_hidden_layers),
-            norm=RMSNorm(hf_config.hidden_size, eps=hf_config.rms_norm_eps),
-            rotary_emb=RotaryEmbedding(hf_config),
-        ),
-        lm_head=Linear(hf_config.hidden_size, hf_config.vocab_size, bias=False),
-    )
-"""
-
-INIT_SOURCE = r"""
-from forgather.models.parts.initializers import DepthScaledNormal, Normal, Ones, TruncatedNormal
-
-
-def build(hf_config):
-    return {
-        r"norm\.weight$": Ones(),
-        r"embed_tokens\.weight$": Normal(std=hf_config.hidden_size**-0.5 if hf_config.tie_word_embeddings else 1.0),
-        r"(q|k|v|up)_proj\.weight$": Normal(std=0.02),
-        r"(o|gate|down)_proj\.weight$": DepthScaledNormal(std=0.02, num_layers=hf_config.num_hidden_layers),
-        r"lm_head\.weight$": TruncatedNormal(std=hf_config.hidden_size**-0.5, may_match_nothing=True),
-    }
-"""
+LLAMA = shipped_configs() / "models" / "llama"
+SOURCE = Project(LLAMA).code("model", inputs=["hf_config"])
+INIT_SOURCE = Project(LLAMA).code("init_rules", inputs=["hf_config"])
 SIZES: dict[str, Any] = {
     "vocab_size": 277,
     "bos_token_id": 0,
@@ -101,10 +50,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def package(folder: Path, **sizes: Any) -> Package:
+def package(folder: Path, *, source: str = SOURCE, init_source: str = INIT_SOURCE, **sizes: Any) -> Package:
+    """A package named after its folder."""
     return Package(
-        source=SOURCE,
-        init_source=INIT_SOURCE,
+        name=folder.name,
+        source=source,
+        init_source=init_source,
         hf_config=SIZES | sizes,
         tokenizer=tokenizer(),
         plan=PLAN,

@@ -6,11 +6,12 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
+from forgather import Project
 from forgather.errors import ModelError
 from forgather.models.construct import construct, load_classes
 from forgather.models.initialize import initialize
 from forgather.models.package import Package
-from tests.models.example import SOURCE, llama_config, package
+from tests.models.example import LLAMA, llama_config, package
 
 TOKENS = torch.arange(60).view(3, 20) % 53 + 3
 
@@ -61,11 +62,9 @@ def test_packed_documents_do_not_see_one_another(
 
 
 def test_the_built_graph_and_the_generated_package_are_one_model(tiny: Package, model: PreTrainedModel) -> None:
-    namespace: dict[str, Any] = {}
-    exec(SOURCE, namespace)
     config = load_classes(tiny.dir).config
     config._attn_implementation = "sdpa"
-    graph = namespace["build"](config).eval()
+    graph = Project(LLAMA).build("model", given={"hf_config": config}).eval()
     initialize(graph, tiny.init_rules, 0)
     model.set_attn_implementation("sdpa")
     assert torch.equal(graph(TOKENS).logits, model(TOKENS).logits)

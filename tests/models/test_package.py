@@ -16,7 +16,7 @@ from forgather.errors import ModelError
 from forgather.models.construct import construct, load_classes
 from forgather.models.package import MANIFEST, Package
 from forgather.models.weights import save_weights
-from tests.models.example import INIT_SOURCE, PLAN, SIZES, SOURCE, package, tokenizer
+from tests.models.example import PLAN, SIZES, SOURCE, package
 from tests.ranks import RankPool
 
 TOKENS = torch.arange(3, 23).view(2, 10)
@@ -205,7 +205,7 @@ def test_an_equal_package_is_kept(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("sizes", "said"),
-    [({"hidden_size": 128}, "config.json would be different"), ({"rms_norm_eps": 1e-6}, "rms_norm_eps")],
+    [({"hidden_size": 128}, "hidden_size: 64, the configuration 128"), ({"rms_norm_eps": 1e-6}, "rms_norm_eps")],
 )
 def test_another_package_is_stale_until_refreshed(folder: Path, sizes: dict[str, Any], said: str) -> None:
     package(folder).write()
@@ -226,10 +226,7 @@ def test_another_package_is_stale_until_refreshed(folder: Path, sizes: dict[str,
 
 def test_a_package_of_another_architecture_is_stale(folder: Path) -> None:
     package(folder).write()
-    source = SOURCE.replace("GatedMLP(hidden", "GatedMLP(bias=True, hidden")
-    other = Package(
-        source=source, init_source=INIT_SOURCE, hf_config=SIZES, tokenizer=tokenizer(), plan=PLAN, dir=folder
-    )
+    other = package(folder, source=SOURCE.replace("activation='silu'", "activation='gelu'"))
     assert "architecture.py would be different" in other.differences()
 
 
@@ -281,19 +278,26 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     assert "--output-dir" in str(raised.value.fix)
 
 
+def test_sizes_that_do_not_fit_leave_no_package(folder: Path) -> None:
+    with pytest.raises(ModelError, match="not a multiple"):
+        package(folder, num_attention_heads=3).construct()
+    assert [path.name for path in folder.parent.iterdir()] == [".tiny_llama.lock"]
+    package(folder).write()
+    with pytest.raises(ModelError, match="not a multiple"):
+        package(folder, num_attention_heads=3).write(refresh=True)
+    assert package(folder).differences() == []
+
+
 def test_code_that_needs_forgather_is_refused(folder: Path) -> None:
-    source = "from forgather.errors import ModelError\n" + SOURCE
-    built = Package(
-        source=source, init_source=INIT_SOURCE, hf_config=SIZES, tokenizer=tokenizer(), plan=PLAN, dir=folder
-    )
+    built = package(folder, source="from forgather.errors import ModelError\n" + SOURCE)
     with pytest.raises(ModelError, match=r"architecture\.py would import forgather\.errors"):
         built.write()
     assert not folder.exists()
 
 
 def test_two_packages_with_the_same_names_do_not_collide(tmp_path: Path) -> None:
-    one, other = package(tmp_path / "a" / "llama"), package(tmp_path / "b" / "llama", hidden_size=32)
-    other.source = SOURCE.replace("CausalLM(\n        hf_config,\n        model", "CausalLM(hf_config, model")
+    one = package(tmp_path / "a" / "llama")
+    other = package(tmp_path / "b" / "llama", source=SOURCE.replace("activation='silu'", "activation='gelu'"))
     models = [one.construct("cpu"), other.construct("cpu")]
     assert type(models[0]) is not type(models[1])
     for built, model in zip((one, other), models, strict=True):
@@ -305,11 +309,9 @@ def test_two_packages_with_the_same_names_do_not_collide(tmp_path: Path) -> None
 
 def test_a_refreshed_package_is_imported_anew(folder: Path) -> None:
     before = package(folder).construct()
-    changed = package(folder)
-    changed.source = SOURCE.replace("bias=False", "bias=True ")  # of equal size, within the same second
-    changed.write(refresh=True)
+    changed = SOURCE.replace("bias=False", "bias=True ")  # of equal size, within the same second
+    package(folder, source=changed).write(refresh=True)
     assert before.lm_head.bias is None
-    changed.init_source = INIT_SOURCE
     assert construct(folder).lm_head.bias is not None
 
 

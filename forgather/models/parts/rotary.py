@@ -68,7 +68,7 @@ def default_frequencies(config: PreTrainedConfig, device: torch.device | None) -
     """theta ** (-2i / C) for i < C / 2; transformers leaves this plain variant to the models."""
     channels = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     steps = torch.arange(0, channels, 2, dtype=torch.float32, device=device)
-    return config.rope_parameters["rope_theta"] ** -(steps / channels), 1.0
+    return 1.0 / (config.rope_parameters["rope_theta"] ** (steps / channels)), 1.0  # bit for bit as transformers' own
 
 
 def rotate(x_BHLC: torch.Tensor, cos_BLC: torch.Tensor, sin_BLC: torch.Tensor) -> torch.Tensor:

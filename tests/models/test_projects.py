@@ -1,0 +1,133 @@
+"""The shipped model projects build, check, and have the parameters they name; their parts can be swapped from YAML."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from forgather import Project
+from forgather.config.files import list_configs
+from forgather.models.package import Package
+from forgather.models.report import count_parameters, report
+from tests.models.example import LLAMA, llama_config, tokenizer
+
+SIZES = {"1M": (2000, 1_028_992), "4M": (2000, 4_434_176), "30M": (4000, 30_321_152), "117M": (8000, 119_161_856)}
+
+
+def build(project: Project) -> Package:
+    package = project.build("package", given={"tokenizer": tokenizer()})
+    assert isinstance(package, Package)
+    return package
+
+
+def llama(folder: Path, config: str = "default", *, vocab_size: int = 277, **arguments: Any) -> Package:
+    overrides = {"hf_config.vocab_size": vocab_size}
+    return build(Project(LLAMA, config=config, args={"output_dir": folder / "built", **arguments}, set=overrides))
+
+
+def child(folder: Path, text: str) -> Project:
+    """A project of a user's own, with one config that extends the shipped Llama."""
+    (folder / "configs").mkdir()
+    (folder / "project.yaml").write_text("name: mine\ndefault: mine\n")
+    (folder / "configs" / "mine.yaml").write_text("extends: lib:models/llama/configs/1M.yaml\n" + text)
+    return Project(folder)
+
+
+def test_every_config_is_of_a_size_named_here_or_the_default() -> None:
+    assert {summary.name.removesuffix(".yaml") for summary in list_configs(LLAMA)} == {"default", *SIZES}
+
+
+@pytest.mark.parametrize("config", ["default", *SIZES])
+def test_configs_check(config: str) -> None:
+    Project(LLAMA, config=config).check()
+
+
+@pytest.mark.parametrize("config", SIZES)
+def test_numbers_of_parameters(tmp_path: Path, config: str) -> None:
+    vocab_size, total = SIZES[config]
+    project = Project(LLAMA, config=config)
+    assert project.argument("model_name") == f"llama_{config.lower()}"
+    model = llama(tmp_path, config, vocab_size=vocab_size).construct()
+    count = count_parameters(model)
+    assert (count.total, count.trainable) == (total, total)
+    assert count.embedding == vocab_size * model.config.hidden_size
+    assert f"({total:,})" in report(model, tokenizer())
+
+
+def test_a_tied_weight_counts_once(tmp_path: Path) -> None:
+    model = llama(tmp_path, "4M", vocab_size=2000, tie_word_embeddings=True).construct()
+    assert count_parameters(model).total == SIZES["4M"][1] - 2000 * 256
+    assert "embedding  512.00K (512,000) (tied to the head)" in report(model, tokenizer())
+
+
+def test_declared_parameters_reach_config_json(tmp_path: Path) -> None:
+    package = llama(
+        tmp_path, hidden_size=128, num_attention_heads=4, sliding_window=16, rope_parameters={"rope_theta": 5e5}
+    )
+    config = package.construct().config
+    assert (config.hidden_size, config.num_attention_heads, config.num_key_value_heads) == (128, 4, 4)
+    assert config.sliding_window == 16
+    assert config.rope_parameters == {"rope_theta": 5e5, "rope_type": "default"}
+    assert config.pad_token_id == 1
+
+
+def test_no_two_layers_share_a_module(tmp_path: Path) -> None:
+    model = llama(tmp_path).construct()
+    modules = [id(module) for module in model.modules()]
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    assert len(set(modules)) == len(names)
+
+
+def test_weights_are_named_as_in_transformers_llama(tmp_path: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    with torch.device("meta"):
+        stock = LlamaForCausalLM(llama_config(num_hidden_layers=4))
+    assert set(llama(tmp_path).construct().state_dict()) == set(stock.state_dict())
+
+
+def test_a_child_swaps_a_part(tmp_path: Path) -> None:
+    model = build(child(tmp_path, "_layer: {result: {mlp: {activation: gelu}}}\n")).construct()
+    assert type(model.model.layers[0].mlp.act_fn).__name__ == "GELUActivation"
+
+
+def test_a_child_puts_a_rule_in_front(tmp_path: Path) -> None:
+    text = """
+init_rules: !prepend
+  layers\\.0\\..*up_proj: !singleton:forgather.models.parts.initializers:Zeros {}
+"""
+    model = build(child(tmp_path, text)).construct("cpu")
+    assert not model.model.layers[0].mlp.up_proj.weight.any()
+    assert model.model.layers[1].mlp.up_proj.weight.any()
+
+
+def test_a_child_brings_a_part_of_its_own(tmp_path: Path) -> None:
+    text = """
+_layer:
+  result:
+    mlp: !factory:../doubling.py:DoublingMLP
+      hidden_size: ${hf_config.hidden_size}
+init_rules: !append
+  doubling: !singleton:forgather.models.parts.initializers:Keep {}
+"""
+    (tmp_path / "doubling.py").write_text(
+        "from torch import nn\n"
+        "from forgather.models.parts.norm import RMSNorm\n\n\n"
+        "class DoublingMLP(nn.Module):\n"
+        "    def __init__(self, hidden_size):\n"
+        "        super().__init__()\n"
+        "        self.doubling = nn.Linear(hidden_size, hidden_size)\n"
+        "        self.norm = RMSNorm(hidden_size)\n\n"
+        "    def forward(self, hidden):\n"
+        "        return self.doubling(self.norm(hidden))\n"
+    )
+    package = build(child(tmp_path, text))
+    model = package.construct("cpu")
+    assert isinstance(model, PreTrainedModel)
+    assert model(torch.arange(8).view(1, 8)).logits.isfinite().all()
+    sources = {path.name: path.read_text() for path in package.dir.glob("*.py")}
+    assert "from .norm import RMSNorm" in sources["doubling.py"]
+    assert "mlp.py" not in sources
+    assert str(tmp_path) not in "".join(sources.values())
