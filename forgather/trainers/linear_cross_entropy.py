@@ -41,12 +41,17 @@ class _LowPrecision(torch.autograd.Function):
         loss = torch.zeros((), device=hidden_ND.device)
         hidden_grad_ND = torch.empty_like(hidden_ND) if with_gradient else None
         weight_grad_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if with_gradient else None
+        # Two buffers for all chunks: fresh memory of this size costs more than what is computed in it.
+        buffer = torch.empty((min(chunk_rows, num_rows), vocabulary), device=hidden_ND.device)
+        low_buffer = torch.empty_like(buffer, dtype=hidden_ND.dtype)
         for start in range(0, num_rows, chunk_rows):
             rows = slice(start, min(start + chunk_rows, num_rows))
             hidden_CD, targets_C = hidden_ND[rows], targets_N[rows]
+            low_CV, logits_CV = low_buffer[: len(hidden_CD)], buffer[: len(hidden_CD)]
             counted_C = targets_C != IGNORED
             index_C1 = targets_C.clamp(min=0).unsqueeze(1)
-            logits_CV = (hidden_CD @ weight_VD.T).float()
+            torch.mm(hidden_CD, weight_VD.T, out=low_CV)
+            logits_CV.copy_(low_CV)
             target_logits_C = logits_CV.gather(1, index_C1).squeeze(1)
             # In place from here: softmax as exp(logits - max) / sum, with the loss read off on the way.
             max_C1 = logits_CV.amax(1, keepdim=True)
@@ -57,11 +62,11 @@ class _LowPrecision(torch.autograd.Function):
                 continue
             grad_CV = logits_CV.mul_(counted_C.unsqueeze(1) / sum_C1)
             grad_CV.scatter_add_(1, index_C1, -counted_C.unsqueeze(1).float())
-            low_grad_CV = grad_CV.to(hidden_ND.dtype)
-            torch.mm(low_grad_CV, weight_VD, out=hidden_grad_ND[rows])
+            low_CV.copy_(grad_CV)
+            torch.mm(low_CV, weight_VD, out=hidden_grad_ND[rows])
             for first in range(0, vocabulary, SLICE):
                 entries = slice(first, min(first + SLICE, vocabulary))
-                weight_grad_VD[entries] += low_grad_CV[:, entries].T @ hidden_CD
+                weight_grad_VD[entries] += low_CV[:, entries].T @ hidden_CD
         if hidden_grad_ND is not None and weight_grad_VD is not None:
             ctx.save_for_backward(hidden_grad_ND, weight_grad_VD.to(weight_VD.dtype))
         return loss

@@ -98,7 +98,7 @@ class LocalStep:
         """Lines for the person who starts the run: what the parts of the step became."""
         limit = "not clipped" if self.clip.max_norm is None else f"clipped to norm {self.clip.max_norm:g}"
         return [
-            f"model: {type(self.model).__name__}, {describe_spread(self.model)}",
+            f"model: {type(self.model).__name__.removeprefix('FSDP')}, {describe_spread(self.model)}",
             f"loss: {self.loss.describe()}",
             f"optimizer: {type(self.optimizer).__name__}, peak lr {self.lr:g}, gradients {limit}",
             f"groups: {describe_groups(self.optimizer)}",
