@@ -13,7 +13,7 @@ TARGETS = ("prepared", "train", "validation")
 
 def configure(parser: CommandParser) -> None:
     """Two verbs, `prepare` and `inspect`."""
-    parser.add_verb("prepare", "Tokenize and split the sources into memory-mapped shards, unless that is done")
+    parser.add_verb("prepare", "Tokenize the sources and split them into shards, unless that is done")
     inspect = parser.add_verb("inspect", "Show counts, shares of the sources and decoded documents")
     inspect.add_argument("--verify", action="store_true", help="read all shards and compare their checksums")
     inspect.add_argument("--documents", type=int, default=1, metavar="N", help="documents of each split to show")

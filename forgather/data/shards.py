@@ -9,6 +9,8 @@ validation-00000.bin ...
 
 import json
 import mmap
+import os
+import weakref
 from bisect import bisect_right
 from itertools import accumulate
 from pathlib import Path
@@ -22,11 +24,10 @@ from forgather.errors import DataError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-# What is mapped counts as resident once touched, and one touch can map 2 MiB where the page cache holds large pages: of
-# the tokens, and of the index. All is handed back after this many bytes, so reading a terabyte at random takes no more
-# memory than reading a gigabyte. It stays in the page cache.
-_RESIDENT_BYTES = 64 * 2**20
-_BYTES_PER_TOUCH = 4 * 2**20
+# An index larger than this is handed back to the kernel between uses: what is mapped counts as resident once touched,
+# and one touch can map 2 MiB where the page cache holds large pages.
+_RESIDENT_BYTES = 32 * 2**20
+_READ_TOKENS = 2**28  # Linux reads at most 2 GiB a call
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -48,10 +49,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 class ShardSet:
-    """One split of a prepared dataset, memory-mapped: tokens by place, and where documents begin.
+    """One split of a prepared dataset, left on disk: tokens by place, and where documents begin.
 
-    Opening checks the size of every file and reads none; `verify` reads all and compares checksums. The files are
-    mapped at the first read, in each process anew, so a ShardSet can be sent to worker processes.
+    Opening checks the size of every file and reads none; `verify` reads all and compares checksums. Files are opened at
+    the first read, in each process anew, so a ShardSet can be sent to worker processes. Tokens are read where they are
+    asked for (`pread`: three times as fast as touching a mapping, never resident, and a file cut short while a run
+    reads it is an error instead of a killed process); the index of documents is mapped.
     """
 
     def __init__(self, folder: Path | str, split: str = "train") -> None:
@@ -71,8 +74,8 @@ class ShardSet:
         self.padding_id: int = self.manifest["tokenizer"]["padding_id"]
         self.dtype = np.dtype(self.manifest["dtype"]).newbyteorder("<")
         self._first_tokens = list(accumulate((shard["num_tokens"] for shard in self._entry["shards"]), initial=0))
-        self._maps: list[mmap.mmap] | None = None
-        self._touched = 0
+        self._files_open: list[int] = []
+        self._index: mmap.mmap | None = None
         self._check_sizes()
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -87,27 +90,33 @@ class ShardSet:
     @property
     def document_starts(self) -> NDArray[np.int64]:
         """The places where documents begin, ascending; the first is 0."""
-        self._map()
-        return self._starts
+        if self._index is None:
+            with (self.folder / self._entry["documents"]["file"]).open("rb") as file:
+                self._index = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            # It is searched: reading ahead would fetch what nobody asked for.
+            self._index.madvise(mmap.MADV_RANDOM)
+        elif len(self._index) > _RESIDENT_BYTES:
+            self._index.madvise(mmap.MADV_DONTNEED)
+        return np.frombuffer(self._index, np.dtype("<i8"))
 
     def read(self, first: int, out: NDArray[np.int64]) -> int:
         """Fills `out` with the tokens from place `first` on, as far as the stream goes; returns how many there were."""
-        self._map()
+        if not self._files_open:
+            self._open()
         done = 0
         wanted = min(len(out), self.num_tokens - first)
         shard = bisect_right(self._first_tokens, first) - 1
+        itemsize = self.dtype.itemsize
         while done < wanted:
-            tokens = self._tokens[shard]
-            offset = first + done - self._first_tokens[shard]
-            piece = tokens[offset : offset + wanted - done]
-            out[done : done + len(piece)] = piece
-            done += len(piece)
-            shard += 1
-        self._touched += done * self.dtype.itemsize + _BYTES_PER_TOUCH
-        if self._touched > _RESIDENT_BYTES:
-            self._touched = 0
-            for mapped in self._maps or ():
-                mapped.madvise(mmap.MADV_DONTNEED)
+            place = first + done
+            count = min(wanted - done, self._first_tokens[shard + 1] - place, _READ_TOKENS)
+            data = os.pread(self._files_open[shard], count * itemsize, (place - self._first_tokens[shard]) * itemsize)
+            if len(data) < count * itemsize:
+                path = self.folder / self._entry["shards"][shard]["file"]
+                raise DataError(f"{path} was cut short while it was read", fix=_prepare_again(self.folder))
+            out[done : done + count] = np.frombuffer(data, self.dtype)
+            done += count
+            shard += place + count == self._first_tokens[shard + 1]
         return done
 
     def tokens(self, first: int = 0, stop: int | None = None) -> NDArray[np.int64]:
@@ -153,20 +162,11 @@ class ShardSet:
                 found = "is missing" if size is None else f"has {size} bytes instead of {file['bytes']}"
                 raise DataError(f"{path} {found}", fix=_prepare_again(self.folder))
 
-    def _map(self) -> None:
-        if self._maps is not None:
-            return
-        self._maps = []
-        arrays = []
-        for file in self._files():
-            with (self.folder / file["file"]).open("rb") as handle:
-                mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
-            # Blocks are read at random: reading ahead would fetch what nobody asked for.
-            mapped.madvise(mmap.MADV_RANDOM)
-            self._maps.append(mapped)
-            arrays.append(mapped)
-        self._tokens = [np.frombuffer(mapped, self.dtype) for mapped in arrays[:-1]]
-        self._starts: NDArray[np.int64] = np.frombuffer(arrays[-1], np.dtype("<i8"))
+    def _open(self) -> None:
+        for shard in self._entry["shards"]:
+            descriptor = os.open(self.folder / shard["file"], os.O_RDONLY)
+            self._files_open.append(descriptor)
+            weakref.finalize(self, os.close, descriptor)
 
 
 def _checksum(path: Path) -> str:

@@ -35,13 +35,28 @@ def test_largest_ids_come_back(tmp_path, dtype, largest):
     assert write_shards(tmp_path, [[0, largest]], dtype=dtype).tokens().tolist() == [0, largest]
 
 
-def test_pages_handed_back_are_read_again(tmp_path, monkeypatch):
+def test_an_index_handed_back_is_read_again(tmp_path, monkeypatch):
     documents = random_documents(50)
     shards = write_shards(tmp_path, documents, shard_tokens=100)
     monkeypatch.setattr(shards_module, "_RESIDENT_BYTES", 0)
     for _ in range(2):
         assert shards.tokens().tolist() == [token for document in documents for token in document]
         assert shards.document(7).tolist() == documents[7]
+
+
+def test_long_ranges_are_read_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards_module, "_READ_TOKENS", 7)
+    shards = write_shards(tmp_path, [list(range(95))], shard_tokens=30)
+    assert shards.tokens().tolist() == list(range(95))
+
+
+def test_a_shard_cut_short_under_a_reader_is_an_error(tmp_path):
+    shards = write_shards(tmp_path, [list(range(25))])
+    shards.tokens()
+    with (tmp_path / "train-00001.bin").open("r+b") as file:
+        file.truncate(19)
+    with pytest.raises(DataError, match=r"train-00001\.bin was cut short"):
+        shards.tokens()
 
 
 def test_a_shard_set_travels_to_another_process(tmp_path):
