@@ -48,7 +48,11 @@ def check_config(namespace: "Namespace") -> list[Problem]:
     for node in walk(roots):
         if isinstance(node, Call | Symbol) and _is_private(node.spec.module, node.spec.symbol):
             _refuse_shipped(node, problems)
+    lacking = dict.fromkeys(each for each in problems.found if each.lacks_argument)
+    problems.found = [each for each in problems.found if each not in lacking]
     problems.raise_any()
+    if lacking:  # what depends on them was not resolved, so nothing is known of what is used, either
+        return [each._replace(message=f"{each.message}: what needs it was not checked") for each in lacking]
     return [
         Problem(declaration.place, f"the parameter {name!r} is never used", "remove it, or read it by ${...}")
         for name, declaration in namespace.config.declarations.items()

@@ -18,6 +18,7 @@ class Problem(NamedTuple):
     place: Place | None
     message: str
     fix: str | None = None
+    lacks_argument: bool = False  # nothing is wrong with the config: a required parameter has no value yet
 
     def __str__(self) -> str:
         text = f"{self.place}: {self.message}" if self.place else self.message

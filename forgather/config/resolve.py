@@ -36,7 +36,7 @@ from forgather.config.override import apply_override
 from forgather.config.parameters import absolute, accept
 from forgather.config.paths import Step, format_path, parse_path
 from forgather.config.plain import NotPlainError, index_plain, plain_value
-from forgather.config.problems import Collector, Problems, problem
+from forgather.config.problems import Collector, Problem, Problems, problem
 from forgather.config.specs import parse_spec
 from forgather.config.tree import Key, ListValue, MappingValue, Place, Plain, Scalar, Value
 
@@ -104,7 +104,7 @@ class Namespace:
             value, place = self.arguments[name]
         elif declaration.default is None:
             fix = f"give it by --{name.replace('_', '-')} VALUE, or in a config by args: {{{name}: VALUE}}"
-            raise problem(declaration.place, f"the parameter {name!r} has no value", fix=fix)
+            raise Problems([Problem(declaration.place, f"the parameter {name!r} has no value", fix, True)])
         else:
             place = declaration.default.place
             with self.context.entered(NodeKey(self.key, ("args", name)), place):
