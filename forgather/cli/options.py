@@ -151,7 +151,8 @@ def _final_parser(
     chosen = command.verbs[verb] if verb else command
     parents = [command.verbs[verb], command] if verb else [command]
     common = CommandParser(prog="")
-    selection = common.add_argument_group("selection")
+    words = "a word `key.path=value` overrides any value of the config" if module.NEEDS_CONFIG else None
+    selection = common.add_argument_group("selection", words)
     selection.add_argument(
         "-p", "--project", dest="project_dir", metavar="DIR", default=".", help="project folder, or any folder below it"
     )

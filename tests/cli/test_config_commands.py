@@ -57,6 +57,22 @@ def test_every_shipped_project_is_listed_and_none_is_broken(forgather):
     assert "broken" not in done.out
 
 
+def test_ls_shows_the_size_of_configs_that_compose_a_model(forgather, project):
+    (project / "package.py").write_text(
+        "from torch import nn\n"
+        "class Package:\n"
+        "    def construct(self, device):\n"
+        "        layer = nn.Linear(1000, 1000, device=device)\n"
+        "        return nn.Sequential(layer, nn.Linear(1000, 1, bias=False, device=device), layer)\n"
+    )
+    (project / "configs" / "model.yaml").write_text(
+        "description: A model\nhf_config: {}\ntokenizer: null\npackage: !singleton:../package.py:Package []\n"
+    )
+    done = forgather("ls", "--size")
+    assert done.code == 0
+    assert [line.split()[:3] for line in done.out.splitlines()[1:]] == [["model", "1M", "A"], ["*", "train", "Trains"]]
+
+
 def test_show_says_where_values_come_from(forgather):
     text = forgather("show", "--origin", "--lr", "5").out
     assert "train.yaml:" in text
