@@ -138,7 +138,10 @@ def test_a_new_project_passes_every_look_at_it(forgather, project, monkeypatch):
 
 def test_a_new_project_passes_check(project):
     """In a process of its own: it imports all that a training run does."""
-    script = "import sys; from forgather.cli.main import main; sys.exit(main(['project', 'new', 'x']) or main(['-p', 'x', 'check']))"
+    script = (
+        "import sys; from forgather.cli.main import main\n"
+        "sys.exit(main(['project', 'new', 'x']) or main(['-p', 'x', 'check']))"
+    )
     done = subprocess.run([sys.executable, "-c", script], cwd=project, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith("train: ok\n")
