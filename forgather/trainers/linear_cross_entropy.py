@@ -5,15 +5,17 @@ weight to fp32 for it would double the memory and leave the matrix units idle; s
 Shapes: N rows, C rows of a chunk, D hidden size, V vocabulary, S vocabulary entries of a slice.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100
+from forgather.data.batch import NO_TARGET
 
-# The gradient of the weight is added up in fp32; a slice bounds the bf16 product on its way there (8 MiB at D = 512).
+# Logits are fp32 and the gradient of the weight is added up in fp32. Slices of the vocabulary bound what is cast on the
+# way: 16 MiB at D = 512.
 SLICE = 8192
 
 
@@ -23,7 +25,7 @@ def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor
         # Always say how many rows: the default takes 4 at a time on a CPU, a sixth of the speed of plain logits.
         options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_rows, chunking_method=None)
         return F.linear_cross_entropy(
-            hidden_ND, weight_VD, targets_N, reduction="sum", ignore_index=IGNORED, options=options
+            hidden_ND, weight_VD, targets_N, reduction="sum", ignore_index=NO_TARGET, options=options
         )
     with_gradient = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)
     loss: Tensor = _LowPrecision.apply(hidden_ND, weight_VD, targets_N, chunk_rows, with_gradient)  # type: ignore[no-untyped-call]
@@ -41,17 +43,14 @@ class _LowPrecision(torch.autograd.Function):
         loss = torch.zeros((), device=hidden_ND.device)
         hidden_grad_ND = torch.empty_like(hidden_ND) if with_gradient else None
         weight_grad_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if with_gradient else None
-        # Two buffers for all chunks: fresh memory of this size costs more than what is computed in it.
+        # One buffer for all chunks: fresh memory of this size costs more than what is computed in it.
         buffer = torch.empty((min(chunk_rows, num_rows), vocabulary), device=hidden_ND.device)
-        low_buffer = torch.empty_like(buffer, dtype=hidden_ND.dtype)
         for start in range(0, num_rows, chunk_rows):
             rows = slice(start, min(start + chunk_rows, num_rows))
-            hidden_CD, targets_C = hidden_ND[rows], targets_N[rows]
-            low_CV, logits_CV = low_buffer[: len(hidden_CD)], buffer[: len(hidden_CD)]
-            counted_C = targets_C != IGNORED
+            hidden_CD, targets_C, logits_CV = hidden_ND[rows], targets_N[rows], buffer[: rows.stop - rows.start]
+            counted_C = targets_C != NO_TARGET
             index_C1 = targets_C.clamp(min=0).unsqueeze(1)
-            torch.mm(hidden_CD, weight_VD.T, out=low_CV)
-            logits_CV.copy_(low_CV)
+            _multiply(hidden_CD, weight_VD, out=logits_CV)
             target_logits_C = logits_CV.gather(1, index_C1).squeeze(1)
             # In place from here: softmax as exp(logits - max) / sum, with the loss read off on the way.
             max_C1 = logits_CV.amax(1, keepdim=True)
@@ -62,11 +61,10 @@ class _LowPrecision(torch.autograd.Function):
                 continue
             grad_CV = logits_CV.mul_(counted_C.unsqueeze(1) / sum_C1)
             grad_CV.scatter_add_(1, index_C1, -counted_C.unsqueeze(1).float())
-            low_CV.copy_(grad_CV)
-            torch.mm(low_CV, weight_VD, out=hidden_grad_ND[rows])
-            for first in range(0, vocabulary, SLICE):
-                entries = slice(first, min(first + SLICE, vocabulary))
-                weight_grad_VD[entries] += low_CV[:, entries].T @ hidden_CD
+            low_grad_CV = grad_CV.to(hidden_ND.dtype)
+            torch.mm(low_grad_CV, weight_VD, out=hidden_grad_ND[rows])
+            for entries in _slices(vocabulary):
+                weight_grad_VD[entries] += low_grad_CV[:, entries].T @ hidden_CD
         if hidden_grad_ND is not None and weight_grad_VD is not None:
             ctx.save_for_backward(hidden_grad_ND, weight_grad_VD.to(weight_VD.dtype))
         return loss
@@ -77,3 +75,18 @@ class _LowPrecision(torch.autograd.Function):
         hidden_grad_ND, weight_grad_VD = ctx.saved_tensors
         # The scale is a 0-d fp32 tensor, so the products keep the type of the gradients.
         return hidden_grad_ND * grad, weight_grad_VD * grad, None, None, None
+
+
+def _multiply(hidden_CD: Tensor, weight_VD: Tensor, out: Tensor) -> None:
+    """`hidden @ weight.T` in fp32: logits rounded to bf16 would put the loss off by 1e-5 and more."""
+    if hidden_CD.is_cuda:
+        # The matrix units add up in fp32 anyway; this only keeps them from rounding at the end.
+        out.copy_(torch.mm(hidden_CD, weight_VD.T, out_dtype=torch.float32))
+        return
+    hidden_CD = hidden_CD.float()
+    for entries in _slices(len(weight_VD)):
+        torch.mm(hidden_CD, weight_VD[entries].float().T, out=out[:, entries])
+
+
+def _slices(vocabulary: int) -> Iterator[slice]:
+    return (slice(first, min(first + SLICE, vocabulary)) for first in range(0, vocabulary, SLICE))

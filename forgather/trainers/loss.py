@@ -14,12 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from forgather.data.batch import Batch
+from forgather.data.batch import NO_TARGET, Batch
 from forgather.distributed.fsdp import reshard
 from forgather.errors import ModelError
 from forgather.trainers.linear_cross_entropy import linear_cross_entropy
-
-IGNORED = -100
 
 
 class CausalLoss:
@@ -45,7 +43,7 @@ class CausalLoss:
 
     def _from_logits(self, batch: Batch) -> Tensor:
         logits_NV = self._forward(batch).flatten(0, 1).float()
-        return F.cross_entropy(logits_NV, batch.targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        return F.cross_entropy(logits_NV, batch.targets.flatten(), ignore_index=NO_TARGET, reduction="sum")
 
     def _from_head(self, batch: Batch) -> Tensor:
         head = self.model.get_output_embeddings()
