@@ -24,21 +24,24 @@ class Supplied(NamedTuple):
 class Context:
     """What the namespaces of one graph share."""
 
-    def __init__(self, loader: Loader, output: Path, stack: list[tuple[NodeKey, Place]] | None = None) -> None:
+    def __init__(self, loader: Loader, output: Path, stack: list[tuple[NodeKey, Place, bool]] | None = None) -> None:
         self.loader = loader
         self.output = output
         self.instances: dict[str, Namespace] = {}
-        self.stack: list[tuple[NodeKey, Place]] = [] if stack is None else stack
+        self.stack: list[tuple[NodeKey, Place, bool]] = [] if stack is None else stack
 
     @contextmanager
-    def entered(self, key: NodeKey, place: Place) -> Iterator[None]:
-        """Marks a place as being resolved. Raises Problems with the chain of places when it already is."""
-        if any(other == key for other, _ in self.stack):
-            start = next(i for i, (other, _) in enumerate(self.stack) if other == key)
-            chain = [*self.stack[start:], (key, self.stack[start][1])]
-            shown = " -> ".join(f"{other} ({where})" for other, where in chain)
-            raise problem(chain[0][1], f"a circle: {shown}", fix="break it at one of these places")
-        self.stack.append((key, place))
+    def entered(self, key: NodeKey, place: Place, *, is_way: bool = False) -> Iterator[None]:
+        """Marks a place as being resolved, or (`is_way`) a reference as being followed on the way to a part.
+
+        Raises Problems with the chain of places when it already is.
+        """
+        entry = (key, place, is_way)
+        start = next((i for i, (other, _, way) in enumerate(self.stack) if (other, way) == (key, is_way)), None)
+        if start is not None:
+            shown = " -> ".join(f"{other} ({where})" for other, where, _ in [*self.stack[start:], entry])
+            raise problem(self.stack[start][1], f"a circle: {shown}", fix="break it at one of these places")
+        self.stack.append(entry)
         try:
             yield
         finally:

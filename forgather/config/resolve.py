@@ -8,13 +8,12 @@ for. Resolving imports nothing and builds nothing.
 from collections.abc import Iterable, Mapping
 
 from forgather.config.context import Context, Reached, Supplied
-from forgather.config.expressions import Chain, Expression, split_template
 from forgather.config.files import ProjectFolder, find_reference
+from forgather.config.fold import fold
 from forgather.config.inherit import Config
 from forgather.config.names import did_you_mean, why_no_name
 from forgather.config.nested import code_text, open_project
 from forgather.config.nodes import (
-    Argument,
     Call,
     Constant,
     Container,
@@ -28,15 +27,14 @@ from forgather.config.nodes import (
     Reference,
     Scope,
     Symbol,
-    Template,
     Used,
-    within,
 )
 from forgather.config.override import apply_override
 from forgather.config.parameters import absolute, accept
-from forgather.config.paths import Step, format_path, parse_path
-from forgather.config.plain import NotPlainError, index_plain, plain_value
+from forgather.config.paths import Step, format_path
+from forgather.config.plain import NotPlainError, plain_value
 from forgather.config.problems import Collector, Problem, Problems, problem
+from forgather.config.reach import reach, reference_steps
 from forgather.config.specs import parse_spec
 from forgather.config.tree import Key, ListValue, MappingValue, Place, Plain, Scalar, Value
 
@@ -134,127 +132,8 @@ class Namespace:
     def reach(
         self, steps: tuple[Step, ...], place: Place, scope: Scope | None, *, in_expression: bool = False
     ) -> Reached:
-        """Follows a path from where it is written. Raises Problems with the nearest name."""
-        name = str(steps[0].key)
-        function = scope
-        while function is not None:
-            if name in function.params:
-                key = NodeKey(self.key, (*function.key.path, f"({name})"))
-                return Reached(Argument(key, place, function, name), len(steps) - 1, frozenset())
-            function = function.parent
-        if name in self.given:
-            return Reached(self.given[name], len(steps) - 1, frozenset())
-        if name in self.config.declarations:
-            used = frozenset([Used(self.key, name, place)])
-            self.read_parameters.add(name)
-            value = index_plain(self.value(name), steps, place)
-            return Reached(Constant(NodeKey(self.key, ("args", name)), place, None, value, used), 0, used)
-        root = self.tree.get(name)
-        if root is None:
-            raise self._unknown(name, place, scope)
-        return self._descend((name,), root, None, steps[1:], place, scope, in_expression=in_expression)
-
-    def _unknown(self, name: str, place: Place, scope: Scope | None) -> Problems:
-        known = [*self.tree, *self.config.declarations, *self.given]
-        while scope is not None:
-            known += scope.params
-            scope = scope.parent
-        if name in ("project", "config"):
-            return problem(place, f"{name!r} is known in expressions alone", fix=f"write ${{{name}.name}}")
-        return problem(place, f"nothing is called {name!r}", fix=did_you_mean(name, known))
-
-    def _descend(
-        self,
-        path: KeyPath,
-        value: Value,
-        scope: Scope | None,
-        steps: tuple[Step, ...],
-        place: Place,
-        viewer: Scope | None,
-        *,
-        in_expression: bool,
-    ) -> Reached:
-        """The node `steps` below the value at `path`, which is written in `scope`."""
-        while steps:
-            step = steps[0].key
-            tag = value.tag.name if value.tag else None
-            if tag == "ref":
-                with self.context.entered(NodeKey(self.key, path), value.place):
-                    written, used = self._reference_steps(path, value, scope)
-                    reached = self.reach((*written, *steps), value.place, scope, in_expression=in_expression)
-                return reached._replace(used=reached.used | used)
-            if tag == "project":
-                other = self.instance(path, value, scope)
-                reached = other.reach(steps, place, None, in_expression=in_expression)
-                return reached._replace(used=reached.used | other.used)
-            if tag == "function":
-                body = self.body(path, value, scope)
-                if step != "result" or not within(viewer, body):
-                    fix = "refer to the function, or move what is inside to a target of its own"
-                    raise problem(
-                        place, f"{format_path(path)!r} is a function; nothing inside it exists outside", fix=fix
-                    )
-                scope = body
-            below = _part(value, step) if tag not in ("code", "symbol") else None
-            if below is None:
-                return self._beyond(path, value, scope, steps, place, in_expression=in_expression)
-            index = step % len(value.items) if isinstance(step, int) and isinstance(value, ListValue) else step
-            path, value, steps = (*path, index), below, steps[1:]
-        return Reached(self.node(path, value, scope), 0, frozenset())
-
-    def _beyond(
-        self,
-        path: KeyPath,
-        value: Value,
-        scope: Scope | None,
-        steps: tuple[Step, ...],
-        place: Place,
-        *,
-        in_expression: bool,
-    ) -> Reached:
-        """A path that goes on where nothing more is written: into computed data, or into an object once it is built."""
-        if _is_template(value):
-            node = self.node(path, value, scope)
-            if isinstance(node, Constant):
-                inside = index_plain(node.value, (Step(format_path(path)), *steps), place)
-                return Reached(Constant(node.key, place, scope, inside, node.used), 0, node.used)
-            if in_expression:
-                return Reached(node, len(steps), frozenset())
-        if value.is_call and in_expression:
-            return Reached(self.node(path, value, scope), len(steps), frozenset())
-        shown, step = format_path(path), steps[0].key
-        what = f"{value.tag} " if value.tag else ""
-        if isinstance(value, MappingValue):
-            fix = did_you_mean(str(step), value.items, what="known there")
-            if value.is_call:
-                fix += "; an attribute of what is built is read by an expression"
-        elif isinstance(value, ListValue):
-            fix = f"it has {len(value.items)} items; write {shown}[0] for the first"
-        else:
-            fix = f"refer to {shown!r} itself"
-        raise problem(place, f"{what}{shown!r} ({value.place}) has no {step!r}", fix=fix)
-
-    def _reference_steps(
-        self, path: KeyPath, value: Value, scope: Scope | None
-    ) -> tuple[tuple[Step, ...], frozenset[Used]]:
-        if not isinstance(value, Scalar) or value.is_empty:
-            raise problem(value.place, "!ref needs a path", fix="write !ref name, !ref a.b or !ref xs[0]")
-        used: set[Used] = set()
-        text = str(value.content)
-        if "${" in text and not value.is_literal:
-            folded = self._scalar(NodeKey(self.key, path), Scalar(text, value.place), scope)
-            if not isinstance(folded, Constant):
-                fix = "let it read parameters and plain values alone"
-                raise problem(value.place, f"!ref {text}: where it leads must be known before building", fix=fix)
-            text, used = str(folded.value), set(folded.used)
-        try:
-            return parse_path(text.strip()), frozenset(used)
-        except ValueError as error:
-            raise problem(value.place, f"!ref: {error}") from None
-
-    def reference_text(self, path: KeyPath, value: Value, scope: Scope | None) -> str:
-        """Where a `!ref` leads, its expressions settled. Raises Problems."""
-        return format_path(step.key for step in self._reference_steps(path, value, scope)[0])
+        """What a path leads to from where it is written. Raises Problems with the nearest name."""
+        return reach(self, steps, place, scope, in_expression=in_expression)
 
     # Nodes
 
@@ -311,7 +190,7 @@ class Namespace:
 
     def _untagged(self, key: NodeKey, value: Value, scope: Scope | None) -> Node:
         if isinstance(value, Scalar):
-            return self._scalar(key, value, scope)
+            return fold(self, key, value, scope)
         if isinstance(value, ListValue):
             children = self._children(key, enumerate(value.items), scope)
             return Container(key, value.place, scope, "list", tuple(child for _, child in children))
@@ -366,7 +245,7 @@ class Namespace:
         return arguments
 
     def _reference(self, key: NodeKey, value: Value, scope: Scope | None) -> Node:
-        steps, used = self._reference_steps(key.path, value, scope)
+        steps, used = reference_steps(self, key.path, value, scope)
         reached = self.reach(steps, value.place, scope)
         used |= reached.used
         reference = Reference(key, value.place, scope, reached.node, used)
@@ -386,79 +265,6 @@ class Namespace:
             params = _function_params(value)
             self._scopes[path] = Scope(NodeKey(self.key, path), params, scope)
         return self._scopes[path]
-
-    # Expressions
-
-    def _scalar(self, key: NodeKey, value: Scalar, scope: Scope | None) -> Node:
-        if not _is_template(value):
-            return Constant(key, value.place, scope, value.content)
-        parts = split_template(str(value.content), value.place)
-        used: set[Used] = set()
-        values: dict[Chain, Plain] = {}
-        failed: dict[Chain, Problems] = {}
-        operands: list[tuple[Chain, Node, int]] = []
-        for part in parts:
-            for chain in part.chains if isinstance(part, Expression) else ():
-                try:
-                    self._read_chain(key, chain, value.place, scope, values, operands, used)
-                except Problems as error:
-                    failed[chain] = error  # told when the expression needs it: not from a branch that is not taken
-        if operands:
-            if failed:
-                raise Problems([each for error in failed.values() for each in error.problems])
-            for part in parts:
-                if isinstance(part, Expression) and any(name == "env" for name, _ in part.calls):
-                    fix = "read it in a parameter's default, and name the parameter here"
-                    raise problem(
-                        value.place, "env() is early, and this expression is evaluated while building", fix=fix
-                    )
-            return Template(key, value.place, scope, tuple(parts), tuple(operands), values, frozenset(used))
-
-        def meaning(chain: Chain) -> Plain:
-            if chain in failed:
-                raise failed[chain]
-            return values[chain]
-
-        folded = [part if isinstance(part, str) else part.evaluate(meaning, self.resolve_path) for part in parts]
-        whole = folded[0] if len(folded) == 1 else "".join(str(each) for each in folded)
-        return Constant(key, value.place, scope, whole, frozenset(used))
-
-    def _read_chain(
-        self,
-        key: NodeKey,
-        chain: Chain,
-        place: Place,
-        scope: Scope | None,
-        values: dict[Chain, Plain],
-        operands: list[tuple[Chain, Node, int]],
-        used: set[Used],
-    ) -> None:
-        if chain.steps[0].key in ("project", "config"):
-            values[chain] = self._context_value(chain, place)
-            return
-        reached = self.reach(chain.steps, place, scope, in_expression=True)
-        used |= reached.used
-        if not reached.remaining:
-            try:
-                values[chain] = plain_value(reached.node, used)
-                return
-            except NotPlainError:
-                pass
-        operand_key = NodeKey(key.namespace, (*key.path, f"({len(operands)})"))
-        reference = Reference(operand_key, place, scope, reached.node, reached.used)
-        operands.append((chain, reference, len(chain.steps) - reached.remaining))
-
-    def _context_value(self, chain: Chain, place: Place) -> str:
-        known = {
-            "project.dir": str(self.project.dir),
-            "project.name": self.project.name,
-            "project.output": str(self.context.output),
-            "config.name": self.config.path.relative_to(self.project.configs).as_posix().removesuffix(".yaml"),
-        }
-        name = str(chain)
-        if name not in known:
-            raise problem(place, f"nothing is called {name!r}", fix=did_you_mean(name, known))
-        return known[name]
 
     def plain_at(self, path: KeyPath, value: Value, what: str) -> tuple[Plain, frozenset[Used]]:
         """The plain data of a value that may hold expressions. Raises Problems when it holds more."""
@@ -494,25 +300,6 @@ class Namespace:
             key=self.key,
             used=self.used,
         )
-
-
-def _part(value: Value, step: str | int) -> Value | None:
-    """What is written one step below a value, or None."""
-    if isinstance(value, MappingValue) and isinstance(step, str):
-        return value.get(step)
-    if isinstance(value, ListValue) and isinstance(step, int) and -len(value.items) <= step < len(value.items):
-        return value.items[step]
-    return None
-
-
-def _is_template(value: Value) -> bool:
-    return (
-        isinstance(value, Scalar)
-        and value.tag is None
-        and not value.is_literal
-        and isinstance(value.content, str)
-        and "${" in value.content
-    )
 
 
 def _function_params(value: Value) -> tuple[str, ...]:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from forgather.config.nodes import Constant, KeyPath, Scope
+from forgather.config.paths import format_path
+from forgather.config.reach import reference_steps
 from forgather.config.scalars import AmbiguousScalarError, read_plain
 from forgather.config.tree import ListValue, MappingValue, Place, Plain, Scalar, Tag, Value, literal
 
@@ -94,7 +96,8 @@ class _Printer:
         if value.is_literal:
             return value
         if value.tag == Tag("ref"):
-            return Scalar(self.namespace.reference_text(path, value, scope), value.place, value.tag)
+            steps, _ = reference_steps(self.namespace, path, value, scope)
+            return Scalar(format_path(step.key for step in steps), value.place, value.tag)
         if value.tag is None and not (path[-2:-1] == ("set",) and len(path) > 2):
             node = self.namespace.node(path, value, scope)
             if isinstance(node, Constant):

@@ -76,6 +76,11 @@ class Value:
         raise NotImplementedError
 
     @property
+    def is_template(self) -> bool:
+        """True for text with expressions in it."""
+        return False
+
+    @property
     def is_call(self) -> bool:
         return self.tag is not None and self.tag.name in CALL_TAGS
 
@@ -92,6 +97,11 @@ class Scalar(Value):
 
     def retagged(self, tag: Tag | None, place: Place | None = None) -> "Scalar":
         return Scalar(self.content, place or self.place, tag, is_literal=self.is_literal)
+
+    @property
+    def is_template(self) -> bool:
+        text = self.content
+        return self.tag is None and not self.is_literal and isinstance(text, str) and "${" in text
 
     @property
     def is_empty(self) -> bool:

@@ -57,7 +57,8 @@ class Draw:
 
     def targets(self) -> Iterator[str]:
         lines = []
-        for self.target in reversed(range(self.count)):
+        for target in reversed(range(self.count)):
+            self.target = target
             self.paths[self.target] = []
             lines.append(f"t{self.target}: {self.value(3, (), root=True)}")
         yield from reversed(lines)
@@ -159,7 +160,7 @@ class Draw:
 @st.composite
 def configs(draw: Callable[[Any], Any]) -> tuple[str, list[str], list[str]]:
     """A config, the targets to build, and those to give."""
-    count = draw(st.integers(1, 6))
+    count = draw(st.integers(2, 7))
     lines = list(Draw(draw, count).targets())
     roots = draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=2, unique=True))
     inputs = draw(st.lists(st.integers(0, count - 1), max_size=2, unique=True))
