@@ -5,8 +5,9 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import xxhash
 from filelock import FileLock
 
 from forgather.data.progress import Progress
-from forgather.data.selection import mixture_shares, split_documents, take_tokens
+from forgather.data.selection import mixture_shares, one_document_only, split_documents, take_tokens
 from forgather.data.shard_writer import SplitWriter
 from forgather.data.shards import FORMAT, MANIFEST, ShardSet, read_manifest
 from forgather.data.sources import Source
@@ -187,13 +188,23 @@ class PreparedDataset:
         ):
             for number, (name, source) in enumerate(self.sources.items()):
                 spool = spools[name] = Spool(folder / f"source-{number}.tokens", dtype)
-                spool.fill(source, pool, self.seed, progress)
-                if not len(spool.lengths):
-                    raise DataError(
-                        f"empty corpus: source {name} has no document with text",
-                        fix=f"set the path of source {name}, or leave the source out by setting it to null",
-                    )
+                spool.fill(self._documents(name, source), pool, self.seed, progress)
         return spools
+
+    def _documents(self, name: str, source: Source) -> Iterator[str]:
+        """The documents of a source; too few are an error before the first is tokenized, which may take hours."""
+        documents = source.documents()
+        first = list(islice(documents, 2))
+        if not first:
+            raise DataError(
+                f"empty corpus: source {name} has no document with text",
+                fix=f"set the path of source {name}, or leave the source out by setting it to null",
+            )
+        if len(first) == 1 and self.validation_fraction:
+            raise one_document_only(name)
+        yield from first
+        del first
+        yield from documents
 
     def _assemble(
         self, folder: Path, dtype: np.dtype[Any], spools: dict[str, Spool]

@@ -21,10 +21,7 @@ def split_documents(
         return np.zeros(len(lengths), np.bool_)
     distinct, inverse = np.unique(hashes, return_inverse=True)
     if len(distinct) < 2:
-        raise DataError(
-            f"source {name} has one document only, which cannot both train and validate",
-            fix="give more files, cut the file into documents with `separator`, or set validation_fraction to 0",
-        )
+        raise one_document_only(name)
     tokens = np.bincount(inverse, weights=lengths, minlength=len(distinct)).cumsum()
     total = int(tokens[-1])
     taken = min(int(np.searchsorted(tokens, fraction * total)) + 1, len(distinct) - 1)
@@ -36,6 +33,14 @@ def split_documents(
         )
     validates: NDArray[np.bool_] = inverse < taken
     return validates
+
+
+def one_document_only(name: str) -> DataError:
+    """The error for a source that cannot be split."""
+    return DataError(
+        f"source {name} has one document only, which cannot both train and validate",
+        fix="give more files, cut the file into documents with `separator`, or set validation_fraction to 0",
+    )
 
 
 def mixture_shares(

@@ -1,6 +1,6 @@
 """A source's documents as tokens in one file, with the length and hash of each, before it is decided where they go."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from forgather.data.progress import Progress
 from forgather.data.shard_writer import SplitWriter
-from forgather.data.sources import Source
 from forgather.data.tokenize_pool import TokenizePool
 
 _BATCH_BYTES = 2**18
@@ -27,14 +26,14 @@ class Spool:
         self.lengths = np.empty(0, np.int64)
         self.hashes = np.empty(0, np.uint64)
 
-    def fill(self, source: Source, pool: TokenizePool, seed: int, progress: Progress) -> None:
-        """Reads and tokenizes the whole source."""
+    def fill(self, documents: Iterable[str], pool: TokenizePool, seed: int, progress: Progress) -> None:
+        """Tokenizes all documents."""
         lengths: list[NDArray[np.int64]] = []
         hashes: list[NDArray[np.uint64]] = []
         sizes: list[int] = []
 
         def counted() -> Iterator[Sequence[bytes]]:
-            for batch in _batches(source):
+            for batch in _batches(documents):
                 hashes.append(
                     np.array([xxhash.xxh3_64_intdigest(text, seed=seed & _MASK) for text in batch], np.uint64)
                 )
@@ -67,10 +66,10 @@ class Spool:
                     first += len(tokens)
 
 
-def _batches(source: Source) -> Iterator[list[bytes]]:
+def _batches(documents: Iterable[str]) -> Iterator[list[bytes]]:
     batch: list[bytes] = []
     size = 0
-    for text in source.documents():
+    for text in documents:
         batch.append(text.encode())
         size += len(batch[-1])
         if size >= _BATCH_BYTES:

@@ -6,13 +6,17 @@ on stdin and stdout: a count of texts, their lengths, their bytes; a count, the 
 
 import json
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
+
+_PIECE_CHARACTERS = 2**20
+_LINE_END = re.compile(r"\S(?=\n)")
 
 
 class Encoder:
@@ -32,13 +36,29 @@ class Encoder:
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
         """The number of tokens of each document, and all their tokens one after another."""
-        pieces: list[NDArray[np.uint32]] = []
+        tokens: list[NDArray[np.uint32]] = []
         lengths = []
-        for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False):
-            ids = np.array(encoding.ids, np.uint32)
-            pieces += [self._before, ids, self._after]
-            lengths.append(len(self._before) + len(ids) + len(self._after))
-        return np.array(lengths, np.int64), np.concatenate(pieces)
+        for text in texts:
+            start = len(tokens)
+            tokens.append(self._before)
+            # One piece at a time: an encoding takes a hundred times the memory of its text until its ids are taken out.
+            for piece in _pieces(text):
+                tokens.append(np.array(self._tokenizer.encode(piece, add_special_tokens=False).ids, np.uint32))
+            tokens.append(self._after)
+            lengths.append(sum(map(len, tokens[start:])))
+        return np.array(lengths, np.int64), np.concatenate(tokens)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """A very long text in parts, cut where a line ends, as words of byte-level BPE do: its tokens are the same."""
+    start = 0
+    while len(text) - start > _PIECE_CHARACTERS:
+        cut = _LINE_END.search(text, start + _PIECE_CHARACTERS)
+        if cut is None:
+            break
+        yield text[start : cut.end()]
+        start = cut.end()
+    yield text[start:]
 
 
 def write_frame(stream: IO[bytes], lengths: NDArray[np.int64], content: bytes) -> None:

@@ -111,6 +111,13 @@ def test_peek_is_the_global_batch_on_every_rank(blocks):
         assert part.consumed == 0
 
 
+def test_a_rank_takes_its_run_of_the_step(blocks):
+    part = loader(blocks, data_rank=1, data_ranks=4)
+    assert [batch.samples for batch in part.take()] == [(6, 7, 8), (9, 10, 11)]
+    assert [batch.samples for batch in part.take()] == [(30, 31, 32), (33, 34, 35)]
+    part.close()
+
+
 def test_targets_are_counted(blocks):
     part = loader(blocks)
     for batch in part.take():

@@ -139,11 +139,13 @@ def test_a_shortfall_is_said_and_kept(tmp_path, tokenizer, capsys):
     assert "source small has" in manifest["warnings"][0]
 
 
-def test_without_validation(tmp_path, tokenizer):
+def test_without_validation(tmp_path, tokenizer, monkeypatch):
     (tmp_path / "one.txt").write_text("one document")
     source = {"text": TextFiles(tmp_path / "one.txt")}
-    with pytest.raises(DataError, match="one document only"):
-        dataset(tmp_path / "out", tokenizer, source).prepare()
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenizePool, "_ask", lambda *_: pytest.fail("a corpus that is refused was tokenized first"))
+        with pytest.raises(DataError, match="one document only"):
+            dataset(tmp_path / "out", tokenizer, source, processes=2).prepare()
     prepared = dataset(tmp_path / "out", tokenizer, source, validation_fraction=0)
     assert decoded(prepared, "train") == ["one document"]
     with pytest.raises(DataError, match="has no validation split"):

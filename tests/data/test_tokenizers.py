@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from forgather.data import tokenize_process
 from forgather.data.sources import TextFiles
 from forgather.data.tokenize_process import Encoder
 from forgather.data.tokenizers import backend_json, byte_bpe, character, tokenizer_digest
@@ -91,6 +92,18 @@ def test_padding_and_truncation_do_not_reach_the_corpus(bpe):
     counts, _ = Encoder(backend_json(bpe), [], []).encode(["a", "a longer text than four tokens"])
     assert counts[0] == 1
     assert counts[1] > 4
+
+
+@given(st.text(alphabet="ab, \n\r\té'3", max_size=80), st.integers(1, 9))
+@settings(max_examples=200, deadline=None)
+def test_a_long_text_in_pieces_has_the_same_tokens(bpe, text, characters):
+    encoder = Encoder(backend_json(bpe), [], [])
+    _, whole = encoder.encode([text])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenize_process, "_PIECE_CHARACTERS", characters)
+        counts, tokens = encoder.encode([text])
+    assert tokens.tolist() == whole.tolist()
+    assert counts.tolist() == [len(whole)]
 
 
 def test_characters_in_order_of_code_point(tmp_path):
