@@ -24,14 +24,14 @@ class CausalLoss:
     """`loss(batch)` is the sum of the model's cross-entropy over the batch's target tokens: 0-d, fp32.
 
     The head computes the loss itself where an inspection of `model` finds that allowed; else logits are made.
-    `chunk_rows` is how many rows of logits exist at a time. Making one is collective: the inspection runs a forward.
+    `chunk_rows` is how many rows of logits exist at a time; null asks for all. Making one is collective: the inspection
+    runs a forward.
     """
 
-    def __init__(self, model: PreTrainedModel, chunk_rows: int = 512) -> None:
+    def __init__(self, model: PreTrainedModel, chunk_rows: int | None = 512) -> None:
         self.model = model
         self.chunk_rows = chunk_rows
-        self.reason_for_logits = find_reason_for_logits(model)
-        self._loss = self._from_head if self.reason_for_logits is None else self._from_logits
+        self.reason_for_logits = "as asked" if chunk_rows is None else find_reason_for_logits(model)
 
     def describe(self) -> str:
         if self.reason_for_logits is None:
@@ -39,18 +39,20 @@ class CausalLoss:
         return f"cross-entropy of full logits ({self.reason_for_logits})"
 
     def __call__(self, batch: Batch) -> Tensor:
-        return self._loss(batch)
+        if self.chunk_rows is None or self.reason_for_logits is not None:
+            return self._from_logits(batch)
+        return self._from_head(batch, self.chunk_rows)
 
     def _from_logits(self, batch: Batch) -> Tensor:
         logits_NV = self._forward(batch).flatten(0, 1).float()
         return F.cross_entropy(logits_NV, batch.targets.flatten(), ignore_index=NO_TARGET, reduction="sum")
 
-    def _from_head(self, batch: Batch) -> Tensor:
+    def _from_head(self, batch: Batch, chunk_rows: int) -> Tensor:
         head = self.model.get_output_embeddings()
         targets_N = batch.targets.flatten()
 
         def compute_loss(hidden_BLD: Tensor) -> Tensor:
-            return linear_cross_entropy(hidden_BLD.flatten(0, 1), head.weight, targets_N, self.chunk_rows)
+            return linear_cross_entropy(hidden_BLD.flatten(0, 1), head.weight, targets_N, chunk_rows)
 
         # Inside the model's forward, where FSDP has gathered the head's weight.
         with replaced_forward(head, compute_loss):
