@@ -1,9 +1,7 @@
 """A dataset's recipe, and the folder of shards that it becomes."""
 
-import errno
 import json
 import os
-import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -13,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import xxhash
-from filelock import FileLock
 
+from forgather.data.once import made_once
 from forgather.data.progress import Progress
 from forgather.data.selection import mixture_shares, one_document_only, split_documents, take_tokens
 from forgather.data.shard_writer import SplitWriter
@@ -86,25 +84,12 @@ class PreparedDataset:
 
     def prepare(self) -> Path:
         """The folder of the shards, made when it is not there; of several processes one makes it, the others wait."""
-        if self.is_prepared:
-            return self.folder
-        try:
-            self._parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(self._parent / f".{self.folder.name}.lock"):
-                if not self.is_prepared:
-                    self._prepare_aside()
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
-                raise
-            raise DataError(
-                f"cannot write {self.folder}: {error.strerror}", fix="free some space, or set another output folder"
-            ) from error
+        with made_once(self.folder) as folder:
+            if folder is not None:
+                manifest = self._write(folder)
+                _write_synced(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+                print(f"  {summary(manifest)}, in {self.folder}", file=sys.stderr)
         return self.folder
-
-    @property
-    def is_prepared(self) -> bool:
-        """Whether the shards of this recipe are there."""
-        return (self.folder / MANIFEST).is_file()
 
     def split(self, name: str) -> ShardSet:
         """The shards of `train` or `validation`, prepared first where needed."""
@@ -133,19 +118,6 @@ class PreparedDataset:
                 raise DataError(
                     f"weights must be above 0: {self.weights}", fix="leave a source out by setting it to null"
                 )
-
-    def _prepare_aside(self) -> None:
-        aside = self.folder.with_name(f".{self.folder.name}.partial")
-        shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed here
-        aside.mkdir()
-        try:
-            manifest = self._write(aside)
-            _write_synced(aside / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-            aside.rename(self.folder)
-        except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
-        print(f"  {summary(manifest)}, in {self.folder}", file=sys.stderr)
 
     def _write(self, folder: Path) -> dict[str, Any]:
         vocab_size = len(self.tokenizer)

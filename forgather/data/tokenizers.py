@@ -1,7 +1,6 @@
 """Tokenizers trained from a recipe at first use and kept on disk under the digest of that recipe."""
 
 import json
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -10,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xxhash
-from filelock import FileLock
 
+from forgather.data.once import made_once
 from forgather.data.sources import Source
 from forgather.errors import DataError
 
@@ -151,20 +150,13 @@ def _cached(
     recipe |= {"tokenizers": version("tokenizers")}  # another release may train another vocabulary
     digest = xxhash.xxh3_64_hexdigest(json.dumps(recipe, sort_keys=True).encode())
     final = Path(folder) / f"{name}-{digest}"
-    if not final.is_dir():
-        final.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(final.with_name(f".{final.name}.lock")):
-            if not final.is_dir():
-                print(f"training tokenizer {name} on {', '.join(used)}", file=sys.stderr)
-                trained = PreTrainedTokenizerFast(
-                    tokenizer_object=train(), **special, clean_up_tokenization_spaces=False
-                )
-                aside = final.with_name(f".{final.name}.partial")
-                shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed here
-                trained.save_pretrained(aside)
-                (aside / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
-                aside.rename(final)
-                print(f"  {len(trained):,} tokens, in {final}", file=sys.stderr)
+    with made_once(final) as aside:
+        if aside is not None:
+            print(f"training tokenizer {name} on {', '.join(used)}", file=sys.stderr)
+            trained = PreTrainedTokenizerFast(tokenizer_object=train(), **special, clean_up_tokenization_spaces=False)
+            trained.save_pretrained(aside)
+            (aside / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+            print(f"  {len(trained):,} tokens, in {final}", file=sys.stderr)
     # Loaded also by the process that has trained it, so that all processes hold what the files say.
     return PreTrainedTokenizerFast.from_pretrained(final)
 

@@ -108,6 +108,16 @@ def test_a_failure_leaves_nothing_and_a_killed_one_is_swept_up(tmp_path, tokeniz
     assert not leftover.exists()
 
 
+def test_a_folder_that_may_not_be_written_is_named(tmp_path, tokenizer, monkeypatch):
+    def refused(self, *_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    prepared = dataset(tmp_path / "out", tokenizer, {"text": texts(tmp_path / "corpus", 10)})
+    monkeypatch.setattr(Path, "mkdir", refused)  # the tests may run as root, who may write anywhere
+    with pytest.raises(DataError, match=r"Permission denied: .*out(.|\n)*fix: grant access"):
+        prepared.prepare()
+
+
 def test_a_mixture_has_exact_shares_and_every_source_validates(tmp_path, tokenizer):
     sources = {
         "many": texts(tmp_path / "many", 300, word="many"),
