@@ -7,16 +7,20 @@ A fence whose language is followed by `run` is executed by the tests:
     ```
 
 The blocks of a page run in order in one folder of their own that holds a copy of `configs/`, with `forgather` on the
-path. What is heavy stands in a plain `bash` block; its commands are parsed there, flags and config included, not run.
+path; those of one language that follow one another are one program. What is heavy stands in a plain `bash` block: its
+commands are parsed, flags and config included, not run. Any `python` block must compile, any `yaml` block be readable.
 """
 
 import re
 import shlex
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+WRITTEN_BY_RUNS = {"output_models", "runs", "prepared", "__pycache__"}
 _TOP_FOLDERS = ("forgather", "configs", "tests", "docs", "benchmarks", "launch")
 
 
@@ -52,11 +56,18 @@ class Page:
                 opened, lines = (fence[1], fence[2].strip(), number), []
             elif opened is not None and fence and fence[1] == opened[0] and not fence[2].strip():
                 language, *words = opened[1].split() or [""]
-                yield Block(language, "run" in words, "\n".join(lines) + "\n", opened[2] + 1)
+                yield Block(language, "run" in words, textwrap.dedent("\n".join(lines) + "\n"), opened[2] + 1)
                 opened = None
             elif opened is not None:
                 lines.append(line)
         assert opened is None, f"{self}:{opened[2]}: this fence is never closed"
+
+    def programs(self) -> Iterator[Block]:
+        """What to run, in order: blocks of one language that follow one another are one program."""
+        marked = [block for block in self.blocks() if block.is_run]
+        for language, blocks in groupby(marked, key=lambda block: block.language):
+            first, *others = blocks
+            yield Block(language, True, "\n".join([first.text, *(block.text for block in others)]), first.line)
 
     def indented_commands(self) -> str:
         """The lines of indented code that begin with a command of ours, as one shell text."""
@@ -92,8 +103,10 @@ class Page:
 
 def all_pages() -> list[Page]:
     """The pages at the top, every page below docs/, and those that stand beside what they are about."""
-    folders = [ROOT / name for name in ("docs", "launch", "benchmarks")]
-    return [Page(path) for path in (*sorted(ROOT.glob("*.md")), *sorted(p for f in folders for p in f.rglob("*.md")))]
+    found = sorted(ROOT.glob("*.md"))
+    for folder in ("docs", "launch", "benchmarks", "configs"):
+        found += sorted(ROOT.joinpath(folder).rglob("*.md"))
+    return [Page(path) for path in found if not WRITTEN_BY_RUNS & set(path.relative_to(ROOT).parts)]
 
 
 def shell_commands(text: str) -> Iterator[list[str]]:

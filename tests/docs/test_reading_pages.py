@@ -41,6 +41,16 @@ def test_blocks(page):
     assert blocks[0].text.startswith("forgather ls")
 
 
+def test_neighbours_of_one_language_are_one_program(tmp_path):
+    fences = [("python run", "a = 1"), ("bash", "ls"), ("python run", "print(a)"), ("bash run", "ls"), ("yaml", "a: 1")]
+    (tmp_path / "page.md").write_text("\n".join(f"```{words}\n{text}\n```" for words, text in fences))
+    programs = list(Page(tmp_path / "page.md").programs())
+    assert [(block.language, block.text.split()) for block in programs] == [
+        ("python", ["a", "=", "1", "print(a)"]),
+        ("bash", ["ls"]),
+    ]
+
+
 def test_prose(page):
     assert list(page.links()) == ["docs/README.md#top"]
     assert list(page.named_paths()) == ["forgather/errors.py"]
