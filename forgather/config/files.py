@@ -126,9 +126,10 @@ def find_reference(text: str, place: Place, library: Iterable[Path], *, is_proje
             return path
     what = "project" if is_project else "file"
     shown = [shown_path(path) for path in candidates]
-    near = _near_file(candidates, text)
-    if near is None and is_project and any(path.is_dir() for path in candidates):
-        near = f"a project is a folder with a {PROJECT_FILE}"
+    if is_project and any(path.is_dir() for path in candidates):
+        near: str | None = f"a project is a folder with a {PROJECT_FILE}"
+    else:
+        near = _near_file(candidates, text)
     fix = near or f"looked for {', '.join(shown) or 'nothing: no folder of the library lies behind this file'}"
     raise problem(place, f"no {what} {text!r}", fix=fix)
 

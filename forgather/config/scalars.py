@@ -14,7 +14,9 @@ _NAN = frozenset([".nan", ".NaN", ".NAN"])
 
 # Read as one thing here and as another by YAML 1.1, so neither reading is a safe guess.
 _WORDS = {"yes": "true", "no": "false", "on": "true", "off": "false", "y": "true", "n": "false"}
-_GROUPED = re.compile(r"[-+]?(0[xo])?[0-9][0-9a-fA-F]*(_[0-9a-fA-F_]+)+(\.[0-9_]*)?([eE][-+]?[0-9]+)?")
+_GROUPED = re.compile(
+    r"[-+]?([0-9][0-9_]*_[0-9_]*(\.[0-9_]*)?([eE][-+]?[0-9]+)?|0x[0-9a-fA-F_]*_[0-9a-fA-F_]*|[0-9]+\.[0-9]*_[0-9_]*)"
+)
 _SEXAGESIMAL = re.compile(r"[-+]?[0-9]+(:[0-5]?[0-9])+(\.[0-9_]*)?")
 _DATE = re.compile(r"[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}([Tt ].*)?")
 

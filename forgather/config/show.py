@@ -1,7 +1,6 @@
 """The resolved configuration as text: for reading and for `diff`. Not meant to be read back in."""
 
 import hashlib
-import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -132,4 +131,13 @@ def scalar_text(value: Plain) -> str:
             return value
     except AmbiguousScalarError:
         pass
-    return json.dumps(value, ensure_ascii=False)
+    return f'"{"".join(_escaped(character) for character in value)}"'
+
+
+def _escaped(character: str) -> str:
+    if character in '"\\':
+        return f"\\{character}"
+    if character.isprintable():
+        return character
+    number = ord(character)
+    return {"\n": "\\n", "\t": "\\t"}.get(character) or (f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}")

@@ -1,0 +1,116 @@
+"""The order of the files a config extends, and what of them is inherited."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from forgather import Project
+from forgather.config.inherit import Loader
+from forgather.config.problems import Problems
+from forgather.errors import ConfigError
+
+Write = Callable[..., Path]
+
+
+def test_a_diamond_is_merged_once_each_base_first(write: Write):
+    write(
+        base="main: {list: [base], a: base, b: base}",
+        left="extends: base.yaml\nmain: {list: !append [left], a: left}",
+        right="extends: base.yaml\nmain: {list: !append [right], b: right}",
+        main="extends: [left.yaml, right.yaml]\nmain: {list: !append [main]}",
+    )
+    # Were the base merged twice, it would undo what the left one said of a.
+    assert Project(".").build("main") == {"list": ["base", "left", "right", "main"], "a": "left", "b": "right"}
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_the_order_is_pythons(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject):
+    folder = tmp_path_factory.mktemp("order")
+    classes: list[type] = []
+    for number in range(data.draw(st.integers(1, 7))):
+        parents = data.draw(st.lists(st.integers(0, number - 1), unique=True, max_size=3)) if number else []
+        listed = ", ".join(f"f{each}.yaml" for each in parents)
+        (folder / f"f{number}.yaml").write_text(f"extends: [{listed}]\n")
+        file = folder / f"f{number}.yaml"
+        try:
+            # Python's earlier base wins, ours the later one.
+            made = type(f"f{number}", tuple(classes[each] for each in reversed(parents)), {})
+        except TypeError:
+            with pytest.raises(Problems, match="no order of the files is consistent"):
+                Loader().load(file, ())
+            return
+        classes.append(made)
+        expected = [each.__name__ for each in reversed(made.__mro__[:-1])]
+        assert [path.stem for path in Loader().load(file, ()).order] == expected
+
+
+def test_extends_and_description_are_not_inherited(write: Write):
+    write(base="description: The base\nmain: 1", main="extends: base.yaml")
+    assert Project(".").description == ""
+    assert Project(".", "base").description == "The base"
+
+
+def test_circles_show_the_chain(write: Write):
+    write(main="extends: a.yaml", a="extends: b.yaml", b="extends: a.yaml")
+    with pytest.raises(ConfigError, match=r"configs/a.yaml -> configs/b.yaml -> configs/a.yaml"):
+        Project(".")
+
+
+def test_problems_of_all_files_are_told_together(write: Write):
+    write(main="extends: [a.yaml, b.yaml]", a="x: on", b="x: 1_0")
+    with pytest.raises(ConfigError) as caught:
+        Project(".")
+    assert "a.yaml:1:4" in str(caught.value)
+    assert "b.yaml:1:4" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("main", "said"),
+    [
+        ("[1]", "configs/main.yaml:1:1: a config must be a mapping"),
+        ("!singleton:dict {a: 1}", "a config must be a mapping"),
+        ("extends: 5", "extends names files"),
+        ("extends: [{a: 1}]", "extends names files"),
+        ("extends: [base.yaml, base.yaml]", "is extended twice"),
+        ("extends: base", "no file 'base'\n  fix: did you mean 'base.yaml'?"),
+        ("extends: lib:tran/causal_lm.yaml", "no file 'lib:tran/causal_lm.yaml'"),
+        ("a-b: 1", "the target 'a-b' is no identifier"),
+        ("class: 1", "the target 'class' is a word of Python"),
+        ("env: 1", "the target 'env' is a reserved name"),
+        ("null: 1", "the target 'null' is a reserved name"),
+        ("extend: base.yaml\na.b: 1", "the target 'a.b' is no identifier"),
+        ("args: 1", "args must be a mapping of parameters"),
+        ("description: [1]", "description must be text"),
+    ],
+)
+def test_roots_that_are_refused(write: Write, main: str, said: str):
+    write(main=main, base="x: 1")
+    with pytest.raises(ConfigError) as caught:
+        Project(".")
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("main", "is_refused"),
+    [
+        ("optimiser: {a: 2}", True),
+        ("optimizers: {a: 2}", True),
+        ("optimiser: !replace {a: 2}", False),
+        ("optimiser: !singleton:dict {a: 2}", False),
+        ("optimiser: 3", False),
+        ("_optimizer: {a: 2}", False),
+        ("scheduler: {a: 2}", False),
+        ("layer_3: {a: 2}", False),
+    ],
+)
+def test_a_new_root_mapping_of_nearly_a_known_name(write: Write, main: str, is_refused: bool):
+    write(main=f"extends: base.yaml\n{main}", base="optimizer: {a: 1}\nlayer_2: {a: 1}")
+    if is_refused:
+        with pytest.raises(ConfigError, match="did you mean 'optimizer'"):
+            Project(".")
+    else:
+        Project(".")
