@@ -1,8 +1,9 @@
 """`forgather check`: every name, argument and reference of a config, without building anything."""
 
+from forgather.cli.declared import refuse_reserved
 from forgather.cli.options import Options
 from forgather.cli.parser import CommandParser
-from forgather.cli.terminal import print_error
+from forgather.cli.terminal import print_error, print_warning
 from forgather.config.files import find_project, list_configs
 from forgather.config.project import Project
 from forgather.errors import EXIT_OK, ForgatherError
@@ -19,19 +20,23 @@ def configure(parser: CommandParser) -> None:
 def run(options: Options) -> int:
     """Print `ok` for each sound config; raise for the one that is not, or with --all report each and return 2."""
     if not options.all:
-        options.project.check()
-        print(f"{options.project.config_name}: ok")
+        _check(options.project)
         return EXIT_OK
     code = EXIT_OK
     for config in list_configs(find_project(options.project_dir)):
-        name = config.name.removesuffix(".yaml")
         try:
-            project = Project(options.project_dir, name, args=options.arguments, words=options.words)
-            project.check()
+            project = Project(options.project_dir, config.name, args=options.arguments, words=options.words)
+            refuse_reserved(project)
+            _check(project)
         except ForgatherError as error:
-            print(f"{name}: broken")
+            print(f"{config.name.removesuffix('.yaml')}: broken")
             print_error(error)
             code = error.exit_code
-        else:
-            print(f"{name}: ok")
     return code
+
+
+def _check(project: Project) -> None:
+    notes = project.check()
+    print(f"{project.config_name}: ok")
+    for note in notes:
+        print_warning(note)

@@ -42,9 +42,10 @@ def _inspect(dataset: Any, options: Options) -> None:
     _print_sources(manifest)
     for name in manifest["splits"]:
         shards = dataset.split(name)
+        print(f"\n{name}: {_lengths(shards)}")
         if options.verify:
             shards.verify()
-            print(f"\n{name}: all checksums match")
+            print(f"{name}: all checksums match")
         # Spread over the split: its beginning is one folder of one source.
         count = min(options.documents, shards.num_documents)
         for number in (i * shards.num_documents // count for i in range(count)):
@@ -52,6 +53,11 @@ def _inspect(dataset: Any, options: Options) -> None:
             text = dataset.tokenizer.decode(tokens)
             cut = "" if len(text) <= options.characters else f" ... ({len(text):,} characters)"
             print(f"\n--- {name}, document {number:,}, {len(tokens):,} tokens\n{text[: options.characters]}{cut}")
+
+
+def _lengths(shards: Any) -> str:
+    lengths = sorted(shards.document_lengths().tolist())
+    return f"a document has {lengths[0]:,} to {lengths[-1]:,} tokens, median {lengths[len(lengths) // 2]:,}"
 
 
 def _print_sources(manifest: dict[str, Any]) -> None:

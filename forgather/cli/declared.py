@@ -1,11 +1,9 @@
 """The parameters that a config declares, as flags.
 
-Texts given on the command line are handed on as they are: the configuration language knows the types, the bounds and
-the place of each declaration.
+What a text means, and whether it is within bounds, the configuration language decides: it knows the declarations.
 """
 
 import argparse
-from importlib.util import find_spec
 from typing import Any
 
 from forgather.cli.commands import COMMANDS, load
@@ -77,8 +75,6 @@ def refuse_reserved(project: Project) -> None:
     if not project.parameters:
         return
     for command in COMMANDS:
-        if find_spec(COMMANDS[command][0]) is None:
-            continue
         module = load(command)
         if not module.NEEDS_CONFIG or not all(project.has(target) for target in getattr(module, "TARGETS", ())):
             continue

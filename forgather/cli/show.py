@@ -10,7 +10,7 @@ NEEDS_CONFIG = True
 
 def configure(parser: CommandParser) -> None:
     """One target or all of them, with or without where each value was written."""
-    parser.add_argument("target", nargs="?", metavar="TARGET", help="show this target only, or a path below one")
+    parser.add_argument("target", nargs="?", metavar="TARGET", help="show this target only")
     parser.add_argument("--origin", action="store_true", help="say beside each value in which file and line it stands")
 
 

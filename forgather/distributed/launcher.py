@@ -32,6 +32,9 @@ def launch(module: str, arguments: Sequence[str], processes: int, extra: Sequenc
 
     `extra` are further arguments of torchrun. Raises the error of the first rank that failed.
     """
+    settings = _parse(_command(module, processes, extra))
+    # Not parsed with the rest: argparse looks for torchrun's flags among the program's own, `--nproc` for one.
+    settings.training_script_args = list(arguments)
     folder = Path(tempfile.mkdtemp(prefix="forgather-"))
     os.environ[FOLDER_VARIABLE] = str(folder)
     # Otherwise a restart may meet the dead ranks' addresses in the agent's store, and hang (pytorch#135712).
@@ -39,9 +42,6 @@ def launch(module: str, arguments: Sequence[str], processes: int, extra: Sequenc
     # torchrun would say 1 whatever the machine; this shares it out.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _num_cores() // processes)))
     _log_to(folder / "torchrun.log")
-    settings = _parse(_command(module, processes, extra))
-    # Not parsed with the rest: argparse looks for torchrun's flags among the program's own, `--nproc` for one.
-    settings.training_script_args = list(arguments)
     try:
         torchrun.run(settings)  # type: ignore[no-untyped-call]
     except ChildFailedError as failed:

@@ -124,6 +124,15 @@ def test_check_is_silent_about_sound_configs_and_names_what_is_wrong(forgather, 
     assert done.out.splitlines() == ["bad: broken", "train: ok"]
 
 
+def test_check_notes_a_parameter_that_nothing_uses(forgather, project):
+    path = project / "configs" / "train.yaml"
+    path.write_text(path.read_text().replace("  steps: 300\n", "  steps: 300\n  idle: 1\n"))
+    done = forgather("check")
+    assert (done.code, done.out) == (0, "train: ok\n")
+    assert done.err.startswith("warning: ")
+    assert "'idle'" in done.err
+
+
 def test_a_new_project_passes_every_look_at_it(forgather, project, monkeypatch):
     done = forgather("project", "new", "sub/fresh")
     assert done.code == 0, done.err

@@ -11,8 +11,9 @@ from forgather.distributed.failure import OneMessage, die_with_parent
 from forgather.errors import DataError
 
 
-def main(what: str, folder: str) -> None:
+def main(what: str, folder: str, *rest: str) -> None:
     rank = int(os.environ["RANK"])
+    assert rest in ((), ("--nproc", "--", "-m")), "words reach the ranks as they were typed"
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     with OneMessage(print_error):

@@ -29,7 +29,7 @@ def _in_child(what: str, folder: Path, processes: int, plain: bool, extra: list[
         return
     tempfile.tempdir = str(folder)
     try:
-        code = launch("tests.distributed.launched", [what, str(folder)], processes, extra)
+        code = launch("tests.distributed.launched", [what, str(folder), "--nproc", "--", "-m"], processes, extra)
     except ForgatherError as error:
         print_error(error)
         code = error.exit_code
@@ -129,6 +129,7 @@ def test_a_wrong_argument_of_torchrun_is_a_user_error(tmp_path):
     launched = Launched("succeed", tmp_path, extra=["--max-restart-s", "1"])
     assert launched.end() == 2
     assert launched.err.startswith("error: torchrun: unrecognized arguments: --max-restart-s")
+    assert launched.left() == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
