@@ -38,8 +38,8 @@ demo: $(STAMP)
 
 # Each prints ratios against a baseline that runs in the same process; the hand-written baselines stand beside them.
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks.overhead
-	$(BIN)/python -m benchmarks.loader
+	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/loader.py
 
 clean:
 	rm -rf $(VENV)
