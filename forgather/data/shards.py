@@ -132,6 +132,10 @@ class ShardSet:
         stop = int(starts[number + 1]) if number + 1 < self.num_documents else self.num_tokens
         return self.tokens(int(starts[number]), stop)
 
+    def document_lengths(self) -> NDArray[np.int64]:
+        """The number of tokens of each document."""
+        return np.diff(self.document_starts, append=self.num_tokens)
+
     def verify(self) -> None:
         """Reads everything and compares checksums; DataError names each damaged file."""
         damaged = [file["file"] for file in self._files() if _checksum(self.folder / file["file"]) != file["xxh3"]]

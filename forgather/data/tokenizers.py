@@ -156,7 +156,9 @@ def _cached(
             trained = PreTrainedTokenizerFast(tokenizer_object=train(), **special, clean_up_tokenization_spaces=False)
             trained.save_pretrained(aside)
             (aside / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
-            print(f"  {len(trained):,} tokens, in {final}", file=sys.stderr)
+            asked = recipe["vocab_size"]
+            short = f" of the {asked:,} asked for: the text holds no more" if asked and len(trained) < asked else ""
+            print(f"  {len(trained):,} tokens{short}, in {final}", file=sys.stderr)
     # Loaded also by the process that has trained it, so that all processes hold what the files say.
     return PreTrainedTokenizerFast.from_pretrained(final)
 

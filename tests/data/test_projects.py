@@ -82,6 +82,7 @@ def test_prepare_and_inspect_with_a_tokenizer_of_the_same_text(corpus, tmp_path,
     out = capsys.readouterr().out
     assert "300 tokens, stored as uint16" in out
     assert "validation: all checksums match" in out
+    assert "train: a document has " in out
     assert out.count("<|startoftext|>This is document number") == 4
 
     (folder / "train-00000.bin").write_bytes(b"short")

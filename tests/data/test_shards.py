@@ -19,6 +19,7 @@ def test_counts_and_files(tmp_path):
     assert [shard["num_tokens"] for shard in entry["shards"]] == [10, 10, 5]
     assert (shards.num_tokens, shards.num_documents) == (25, 2)
     assert shards.document(1).tolist() == [0, 1, 2, 3, 4]
+    assert shards.document_lengths().tolist() == [20, 5]
     shards.verify()
 
 
