@@ -75,6 +75,7 @@ class Trainer:
         self.save_every = save_every
         self.state = TrainState(model, optimizer, {"data": data, **self.hooks.with_state()})
         self.steps_done = 0
+        self.saved_at: int | None = None  # the step of the newest checkpoint
         for name, path in (carried or {}).items():
             checkpoints.run.describe(name, Path(path))
 
@@ -110,7 +111,7 @@ class Trainer:
         checkpoint = self.checkpoints.newest()
         if checkpoint is not None:
             self.checkpoints.load(self.state, checkpoint)
-            self.steps_done = checkpoint.step
+            self.steps_done = self.saved_at = checkpoint.step
         return checkpoint
 
     def log(self) -> None:
@@ -129,9 +130,14 @@ class Trainer:
             self.hooks.tell(Evaluated(self.steps_done, metrics))
 
     def save(self) -> None:
+        """Save, unless this step is saved already: the end of a run saves what its last step may have saved."""
+        if self.saved_at == self.steps_done:
+            return
         self.step.settle()
         with self.meter.paused():
             path = self.checkpoints.save(self.state, self.steps_done)
+            self.saved_at = self.steps_done
+            self.reports.note(f"saved {path}")
             self.hooks.tell(Saved(self.steps_done, path))
 
     def rehearse(self) -> float:
