@@ -70,7 +70,7 @@ class Console:
             if self._is_live:
                 self._draw()
             else:
-                self._row(self._training_line())
+                self._row(" | ".join(self._columns()))
             return
         head = f"{self._position()} | {self._painted(kind)}"
         numbers = [_shown(name, value) for name, value in metrics.items() if not _is_long(value)]
@@ -91,7 +91,8 @@ class Console:
         if not self._is_live:
             return
         width = _terminal_width(self._stream)
-        self._put(_ERASE_LINE + self._training_line()[: width - 1])  # a full line would wrap and scroll
+        line = "  ".join(" ".join(column.split()) for column in self._columns())  # narrower than padded columns
+        self._put(_ERASE_LINE + line[: width - 1])  # a full line would wrap and scroll
         self._line_is_drawn = True
         self._drawn_at = time.monotonic()
 
@@ -108,12 +109,10 @@ class Console:
         self._stream.write(text.encode(encoding, "replace").decode(encoding))
         self._stream.flush()
 
-    def _training_line(self) -> str:
-        columns = [self._position(), f"eta {self._eta()}"]
-        columns += [
-            form(value) for name, form in _COLUMNS.items() if isinstance(value := self._metrics.get(name), int | float)
-        ]
-        return " | ".join(columns)
+    def _columns(self) -> list[str]:
+        numbers = ((form, self._metrics.get(name)) for name, form in _COLUMNS.items())
+        shown = [form(value) for form, value in numbers if isinstance(value, int | float)]
+        return [self._position(), f"eta {self._eta()}", *shown]
 
     def _position(self) -> str:
         return f"step {self._step:>{len(str(self._total))}}/{self._total}"

@@ -91,7 +91,9 @@ def test_a_terminal_gets_one_live_line_and_rows_that_stay():
     assert len(lines) == 4  # evaluation, note, the live line, and the cursor below it
     assert re.search(r"step   10/2000 \| .*evaluation.* \| loss 4\.0000 nats \| perplexity 54\.6", lines[0])
     assert lines[1] == "saved checkpoints/step-00000020 in 0.41 s"
-    assert "loss   3.5000 nats" in lines[2]
+    assert lines[2].startswith(
+        "step 20/2000  eta -:--:--  loss 3.5000 nats  12,346 tokens/s  lr 3.00e-04  grad norm 0.951"
+    )
     assert lines[3] == ""
 
 
