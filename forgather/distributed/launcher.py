@@ -21,7 +21,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from forgather.distributed.failure import FOLDER_VARIABLE, Failure, first_failure, read_failures
-from forgather.errors import EXIT_OK, EXIT_RESUMABLE, EXIT_USER, DistributedError, ForgatherError
+from forgather.errors import EXIT_INTERNAL, EXIT_OK, EXIT_RESUMABLE, DistributedError, ForgatherError
 
 # With any of these the ranks meet as the user says, not on a free port of this host.
 _RENDEZVOUS = ("--nnodes", "--rdzv", "--master", "--node-rank", "--node_rank", "--standalone")
@@ -102,10 +102,10 @@ def _end(folder: Path, failed: ChildFailedError, world_size: int) -> int:
         if first.exitcode == EXIT_RESUMABLE:
             return EXIT_RESUMABLE
         raise _left(first_rank, first.exitcode)
-    if failure.exit_code == EXIT_USER:
-        shutil.rmtree(folder)
-        raise failure.error()
-    raise _internal(failure, folder)
+    if failure.exit_code == EXIT_INTERNAL:
+        raise _internal(failure, folder)
+    shutil.rmtree(folder)
+    raise failure.error()
 
 
 def _left(rank: int, exit_code: int) -> ForgatherError:
