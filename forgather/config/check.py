@@ -27,7 +27,9 @@ def check_nodes(roots: Iterable[Node], problems: Collector) -> None:
                 bind(node, found, problems)
             else:
                 fix = "write !symbol: for the thing itself"
-                problems.add(node.place, f"{node.spec} is a {type(found).__name__}, which cannot be called", fix=fix)
+                problems.add(
+                    node.place, f"{node.spec} is of type {type(found).__name__}, which cannot be called", fix=fix
+                )
 
 
 def check_config(namespace: "Namespace") -> list[Problem]:

@@ -104,7 +104,11 @@ class _Emitter:
 
     def _definition(self, name: str, params: Iterable[str], block: Block, result: Layout) -> str:
         lines = [*block.lines, f"return {write(result, 0, len('return ') + len(INDENT))}"]
-        return f"def {name}({', '.join(params)}):\n" + "\n".join(_indented(line) for line in lines)
+        text = ""
+        for index, line in enumerate(lines):
+            is_apart = index > 0 and (line.startswith("def ") or lines[index - 1].startswith("def "))
+            text += ("\n" if is_apart else "") + _indented(line) + "\n"
+        return f"def {name}({', '.join(params)}):\n{text.rstrip()}"
 
     # How often a shared object is referred to
 

@@ -77,7 +77,7 @@ class _Printer:
             self.line(head + tag, value.place, depth)
             for name, item in value.items.items():
                 below = inner if name == "result" else scope
-                self.value((*path, str(name)), str(name), item, depth + 1, below if inner else scope)
+                self.value((*path, str(name)), str(name), item, depth + 1, below)
         elif isinstance(value, ListValue) and value.items:
             self.line(head + tag, value.place, depth)
             for index, item in enumerate(value.items):

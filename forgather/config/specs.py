@@ -66,12 +66,14 @@ def import_spec(spec: Spec, place: Place) -> Any:
     made: Any = _import_module(spec, place)
     done = spec.module
     for part in spec.symbol.split("."):
+        parent = made
         try:
-            made = getattr(made, part)
+            made = getattr(parent, part)
         except AttributeError:
-            made = _submodule(made, done, part)
+            # Below the module only: emitted code imports the first part, and reads the rest as attributes.
+            made = _submodule(parent, done, part) if done == spec.module else None
             if made is None:
-                names = [each for each in dir(sys.modules.get(spec.module)) if not each.startswith("_")]
+                names = [each for each in dir(parent) if not each.startswith("_")]
                 where = shown_path(spec.file) if spec.file else done
                 fix = did_you_mean(part, names, what="it has")
                 raise problem(place, f"{where} has no {part!r} (SPEC {spec})", fix=fix) from None
