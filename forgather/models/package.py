@@ -114,7 +114,7 @@ class Package:
         return ModelError(
             f"the model package in {self.dir} is stale: {'; '.join(differences)}",
             fix="`forgather model -r construct` with the same -p and -t rebuilds it and leaves weights and runs alone; "
-            "or choose another --output-dir",
+            "or choose another --model-name or --output-dir (in a run: model_project.args.model_name=NAME)",
         )
 
     def construct(
