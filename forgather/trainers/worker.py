@@ -26,17 +26,17 @@ def run_worker(project: Project, *, fresh: bool = False, dry_run: bool = False) 
     try:
         run.describe("config.yaml", project.show())
         checkpoint = trainer.resume()
-        if checkpoint is not None:
-            run.say(f"going on from {checkpoint.path}")
-            mesh = trainer.state.mesh
-            for line in changes(checkpoint, config=project.show(), world_size=environment.world_size, mesh=mesh):
-                run.say(f"  changed since then: {line}")
         if trainer.steps_done >= trainer.steps:
             run.say(
                 f"nothing to do: {run.dir} has made {trainer.steps_done} steps of {trainer.steps}"
                 " (more steps continue it, --fresh begins another run)"
             )
             return EXIT_OK
+        if checkpoint is not None:
+            run.say(f"going on from {checkpoint.path}")
+            mesh = trainer.state.mesh
+            for line in changes(checkpoint, config=project.show(), world_size=environment.world_size, mesh=mesh):
+                run.say(f"  changed since then: {line}")
         if environment.is_main:
             print(trainer.describe(), flush=True)
         if dry_run:

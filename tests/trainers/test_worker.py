@@ -1,0 +1,150 @@
+"""A whole run from its project: what it prints, where it goes on, and its exit code."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from forgather import Project
+from forgather.errors import EXIT_OK, EXIT_RESUMABLE, ConfigError, TrainingError
+from forgather.metrics.sinks import read_rows
+from forgather.trainers.worker import run_worker
+
+CONFIG = """
+extends: lib:train/causal_lm.yaml
+args:
+  steps: 4
+  lr: 1e-2
+  warmup: 1
+  block_length: 16
+  rows_per_step: 4
+  log_every: 1
+  eval_rows: 4
+tokenizer_project: !project
+  dir: lib:tokenizers/char
+  set:
+    sources: !replace
+      text: !singleton:forgather.data.sources:TextFiles
+        path: ${join(project.dir, 'text')}
+        include:
+          - "*.txt"
+model_project:
+  config: 1M.yaml
+  args:
+    hidden_size: 16
+    num_attention_heads: 2
+    num_key_value_heads: 1
+    intermediate_size: 24
+    num_hidden_layers: 1
+  with:
+    tokenizer: !ref tokenizer_project.main
+dataset_project: !project
+  dir: lib:datasets/local_text
+  args:
+    text_path: ${join(project.dir, 'text')}
+    validation_fraction: 0.2
+    processes: 1
+  with:
+    tokenizer: !ref model_project.tokenizer
+main:
+  hooks:
+    samples:
+      max_new_tokens: 3
+    stopper: !singleton:stopper.py:Stopper {}
+"""
+
+STOPPER = """
+class Stopper:
+    def __init__(self, at=None):
+        self.at, self.step = at, 0
+    def on_step_end(self, event):
+        self.step = event.step
+    def wants_stop(self):
+        return self.step == self.at
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("project")
+    (folder / "configs").mkdir()
+    (folder / "text").mkdir()
+    (folder / "project.yaml").write_text("name: small\ndefault: train\n")
+    (folder / "configs" / "train.yaml").write_text(CONFIG)
+    (folder / "configs" / "stopper.py").write_text(STOPPER)
+    words = random.Random(0)
+    for number in range(20):
+        text = " ".join(words.choice(("red", "green", "tree", "house")) for _ in range(60))
+        (folder / "text" / f"{number}.txt").write_text(text)
+    return folder
+
+
+def rows_of(folder: Path, run: str):
+    return read_rows(folder / "runs" / run / "logs" / "metrics.jsonl", "train")
+
+
+def test_a_run_is_trained_found_finished_and_continued(folder, capsys):
+    name = {"run_name": "whole"}
+    assert run_worker(Project(folder, args=name)) == EXIT_OK
+    printed = capsys.readouterr().out
+    for words in ("parameters  9,200", "tokens      64 a step x 4 steps", "not sharded, fp32", "linear cross-entropy", "runs/whole"):
+        assert words in printed
+    assert "step 4/4 | sample" in printed
+
+    assert run_worker(Project(folder, args=name)) == EXIT_OK
+    again = capsys.readouterr()
+    assert "nothing to do" in again.err
+    assert again.out == ""
+
+    assert run_worker(Project(folder, args=name | {"steps": 6, "lr": 5e-3})) == EXIT_OK
+    more = capsys.readouterr()
+    assert "going on from" in more.err
+    assert "changed since then: args.lr: 0.01 -> 0.005" in more.err
+    rows = rows_of(folder, "whole")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows[0]["lr"] == 1e-2
+    assert rows[-1]["lr"] == pytest.approx(5e-4)  # a tenth of today's peak
+    saved = folder / "runs" / "whole" / "checkpoints" / "step-00000006"
+    assert (saved / "config.yaml").is_file()
+    assert (saved / "package" / "config.json").is_file()
+
+
+def test_fresh_opens_another_folder(folder):
+    name = {"run_name": "twice"}
+    for fresh in (False, True):
+        assert run_worker(Project(folder, args=name), fresh=fresh) == EXIT_OK
+    first, second = (rows_of(folder, run) for run in ("twice", "twice-2"))
+    assert [row["loss"] for row in first] == [row["loss"] for row in second]
+
+
+def test_a_dry_run_does_all_but_train(folder, capsys):
+    assert run_worker(Project(folder, args={"run_name": "dry", "precision": "bf16"}), dry_run=True) == EXIT_OK
+    printed = capsys.readouterr().out
+    assert "not sharded, bf16" in printed
+    assert "nothing was trained" in printed
+    assert not list((folder / "runs" / "dry" / "checkpoints").iterdir())
+
+
+def test_a_stopped_run_is_resumable(folder):
+    stop = {"main.hooks.stopper.at": 2}
+    assert run_worker(Project(folder, args={"run_name": "stopped"}, set=stop)) == EXIT_RESUMABLE
+    assert run_worker(Project(folder, args={"run_name": "stopped"})) == EXIT_OK
+    assert run_worker(Project(folder, args={"run_name": "straight"})) == EXIT_OK
+    first, second = (rows_of(folder, run) for run in ("stopped", "straight"))
+    assert [row["loss"] for row in first] == [row["loss"] for row in second]
+
+
+def test_a_run_that_diverges_ends_with_its_last_checkpoint_whole(folder):
+    options = {"run_name": "diverged", "lr": 1e30, "max_grad_norm": None, "save_every": 1}
+    with pytest.raises(TrainingError, match=r"step 2: loss .* the step was not applied"):
+        run_worker(Project(folder, args=options))
+    kept = [path.name for path in (folder / "runs" / "diverged" / "checkpoints").iterdir()]
+    assert kept == ["step-00000001"]
+
+
+def test_a_main_of_another_kind_is_refused(folder):
+    (folder / "configs" / "other.yaml").write_text("environment: null\nmain: !singleton:builtins:dict {}\n")
+    with pytest.raises(ConfigError, match="is a dict, not a Trainer"):
+        run_worker(Project(folder, "other"))
+    with pytest.raises(ConfigError, match="has no target `fresh`"):
+        run_worker(Project(folder, "other"), fresh=True)
