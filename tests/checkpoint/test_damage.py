@@ -70,12 +70,23 @@ def test_the_file_is_named_and_the_older_checkpoint_is_loaded(
     assert checkpoint.step == 1
     assert str(newest) in said
     assert name in said
+    if damage is truncate and name != "manifest.json":
+        assert "bytes instead of" in said  # seen without reading the file
     assert f"going on from {newest.with_name('step-00000001')}" in said
     log = (store.run.logs / "run.log").read_text()
     assert said in "".join(line.split(" ", 1)[1] for line in log.splitlines(keepends=True))
     run = Run(seed=7)
     store.load(run.state, checkpoint)
     assert all(torch.equal(value, values[1][name]) for name, value in run.values().items())
+
+
+def test_an_altered_manifest_is_noticed_although_all_files_are_whole(store: CheckpointStore) -> None:
+    save_steps(store, 1, 2)
+    manifest = store.run.checkpoints / "step-00000002" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"world_size": 1', '"world_size": 2'))
+    checkpoint = store.newest()
+    assert checkpoint is not None
+    assert checkpoint.step == 1
 
 
 def test_a_renamed_checkpoint_is_not_taken_for_a_newer_one(store: CheckpointStore) -> None:

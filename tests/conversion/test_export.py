@@ -26,6 +26,7 @@ def save_run(folder: str, **options: Any) -> dict[str, torch.Tensor]:
     run.step()
     package = Path(folder).parent / "package"
     package.mkdir(exist_ok=True)
+    run.model.config.dtype = torch.float32
     run.model.config.save_pretrained(package)
     run.model.generation_config.save_pretrained(package)
     with RunFolder(Path(folder)) as opened:
