@@ -70,7 +70,7 @@ class _Printer:
     def value(self, path: KeyPath, key: str | None, value: Value, depth: int, scope: Scope | None) -> None:
         """One value behind `key:`, or behind a dash when it is a list's item."""
         value = self.resolved(path, value, scope)
-        head = "-" if key is None else f"{scalar_text(key)}:"
+        head = "-" if key is None else f"{key_text(key)}:"
         tag = f" {value.tag}" if value.tag else ""
         inner = self.inner_scope(path, value, scope)
         if isinstance(value, MappingValue) and value.items:
@@ -115,6 +115,12 @@ def _inline(value: Value) -> str:
     return f" {scalar_text(value.content)}"
 
 
+def key_text(key: str) -> str:
+    """A key as the reader takes it: keys are text, so fewer of them need quotes than values do."""
+    is_simple = bool(key) and key.isascii() and key.replace("_", "").replace(".", "").isalnum()
+    return key if is_simple else _quoted(key)
+
+
 def scalar_text(value: Plain) -> str:
     """A scalar as the reader takes it for the same value."""
     if value is None:
@@ -131,7 +137,11 @@ def scalar_text(value: Plain) -> str:
             return value
     except AmbiguousScalarError:
         pass
-    return f'"{"".join(_escaped(character) for character in value)}"'
+    return _quoted(value)
+
+
+def _quoted(text: str) -> str:
+    return f'"{"".join(_escaped(character) for character in text)}"'
 
 
 def _escaped(character: str) -> str:

@@ -108,7 +108,8 @@ def test_the_example_of_the_issue(refused: Refused):
         ("collections:OrderedDct", "collections has no 'OrderedDct'"),
         (
             "collections:OrderedDict.frmkeys",
-            "collections.OrderedDict has no 'frmkeys' (SPEC collections:OrderedDict.frmkeys)\n  fix: did you mean 'fromkeys'?",
+            "collections.OrderedDict has no 'frmkeys' (SPEC collections:OrderedDict.frmkeys)\n"
+            "  fix: did you mean 'fromkeys'?",
         ),
         ("../broken.py:X", "importing ../broken.py:X failed: ZeroDivisionError"),
         ("../lacking.py:X", "importing ../lacking.py:X failed: No module named 'no_such_module'"),
