@@ -21,7 +21,8 @@ class ComputeCopies:
     """Lends `model` copies of its parameters in `dtype` for the duration of each forward.
 
     Outside the forward the module holds its own parameters, so state dicts, optimizers and `parameters()` never see a
-    copy. Copies are refreshed only after the parameters have changed, hence once a step and not once a microbatch.
+    copy. Copies are refreshed at each forward, as FSDP casts at each gather: that parameters have changed cannot be
+    seen, since fused optimizers leave `_version` as it was.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
@@ -29,15 +30,14 @@ class ComputeCopies:
         self.dtype = dtype
         # Filled at the first forward: until then loading or materialising may still replace parameters.
         self._slots: list[tuple[nn.Module, str, nn.Parameter, nn.Parameter]] = []
-        self._versions: list[int] = []
         model.register_forward_pre_hook(self._lend)
         model.register_forward_hook(self._take_back, always_call=True)
 
     def _lend(self, _model: nn.Module, _args: Any) -> None:
         if any(module._parameters[name] is not master for module, name, master, _ in self._slots) or not self._slots:
             self._slots = self._make_slots()
-            self._versions = []
-        self._refresh()
+        with torch.no_grad():
+            torch._foreach_copy_([copy for *_, copy in self._slots], [master for _, _, master, _ in self._slots])
         for module, name, _, copy in self._slots:
             module._parameters[name] = copy
 
@@ -71,10 +71,3 @@ class ComputeCopies:
         if copy.requires_grad:
             copy.register_post_accumulate_grad_hook(hand_over)  # type: ignore[no-untyped-call]
         return copy
-
-    def _refresh(self) -> None:
-        versions = [master._version for _, _, master, _ in self._slots]
-        if versions != self._versions:
-            with torch.no_grad():
-                torch._foreach_copy_([slot[3] for slot in self._slots], [slot[2] for slot in self._slots])
-            self._versions = versions
