@@ -1,9 +1,12 @@
 """What a person sees: one live line on a real (pseudo-)terminal, plain lines in a pipe, nothing from other ranks."""
 
+import fcntl
 import io
 import os
 import pty
 import re
+import struct
+import termios
 import time
 
 import pytest
@@ -31,7 +34,7 @@ def _plain_environment(monkeypatch):
 def seen_on_a_terminal(act, *, columns: int = 200) -> str:
     """The bytes that `act(stream)` sends to a terminal that many columns wide."""
     ours, theirs = pty.openpty()
-    os.system(f"stty cols {columns} < {os.ttyname(theirs)}")
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     with os.fdopen(theirs, "w", encoding="utf-8") as stream:
         act(stream)
         stream.flush()
