@@ -32,12 +32,16 @@ def _body(what: str, rank: int, folder: Path) -> None:
         time.sleep(60)
     elif what == "a defect":
         if rank == 1:
+            (folder / "failing").touch()
             raise ValueError("boom")
+        _wait_for(folder / "failing")
         time.sleep(0.2)
         raise RuntimeError("Connection closed by peer")
     elif what == "killed":
         if rank == 1:
+            (folder / "failing").touch()
             os.kill(os.getpid(), signal.SIGKILL)
+        _wait_for(folder / "failing")
         time.sleep(0.02)
         raise RuntimeError("Connection closed by peer")
     elif what == "exit 75":
@@ -45,6 +49,11 @@ def _body(what: str, rank: int, folder: Path) -> None:
     elif what == "wait":
         (folder / f"rank-{rank}").write_text(str(os.getpid()))
         time.sleep(60)
+
+
+def _wait_for(path: Path) -> None:
+    while not path.exists():
+        time.sleep(0.005)
 
 
 if __name__ == "__main__":
