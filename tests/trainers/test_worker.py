@@ -87,7 +87,13 @@ def test_a_run_is_trained_found_finished_and_continued(folder, capsys):
     name = {"run_name": "whole"}
     assert run_worker(Project(folder, args=name)) == EXIT_OK
     printed = capsys.readouterr().out
-    for words in ("parameters  9,200", "tokens      64 a step x 4 steps", "not sharded, fp32", "linear cross-entropy", "runs/whole"):
+    for words in (
+        "parameters  9,200",
+        "tokens      64 a step x 4 steps",
+        "not sharded, fp32",
+        "linear cross-entropy",
+        "runs/whole",
+    ):
         assert words in printed
     assert "step 4/4 | sample" in printed
 
