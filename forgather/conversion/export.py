@@ -25,8 +25,7 @@ from forgather.errors import CheckpointError
 
 PACKAGE = "package"
 MAX_SHARD_BYTES = 5 * 10**9
-# Read and written together. Large enough that planning costs nothing, small enough that the allocator gives the same
-# memory again instead of fresh pages of the system.
+# Read and written together: large enough that planning costs nothing, small beside any model worth cutting.
 _BATCH_BYTES = 16 << 20
 _NOT_EXPORTED = {"forgather_package.json"}  # tells how the package was generated; it is about another folder
 
@@ -124,21 +123,42 @@ def _write_weights(
 
 
 def _tensors(checkpoint: Checkpoint, names: Sequence[str]) -> Iterator[torch.Tensor]:
-    """The weights called `names`, whole, in that order, each checked against its digest; a batch is held at a time."""
+    """The weights called `names`, whole, in that order, each checked against its digest.
+
+    A tensor is good until the next is asked for: all are read into one piece of memory, because DCP's planner keeps
+    what it has loaded alive until the garbage collector comes by.
+    """
     reader = RawReader(checkpoint.path, checkpoint.layout)
     saved = _kinds(checkpoint.layout, None)
-    waiting = list(names)
-    while waiting:
-        count, size = 0, 0
-        while count < len(waiting) and (count == 0 or size + saved[waiting[count]].num_bytes <= _BATCH_BYTES):
-            size += saved[waiting[count]].num_bytes
-            count += 1
-        batch, waiting = waiting[:count], waiting[count:]
-        tensors = {f"model/{name}": torch.empty(saved[name].shape, dtype=saved[name].dtype) for name in batch}
+    batches = _batches({name: saved[name] for name in names})
+    memory = torch.empty(max(sum(_room(kind) for kind in batch.values()) for batch in batches), dtype=torch.uint8)
+    for batch in batches:
+        tensors = {}
+        at = 0
+        for name, kind in batch.items():
+            tensors[f"model/{name}"] = memory[at : at + kind.num_bytes].view(kind.dtype).view(kind.shape)
+            at += _room(kind)
         with calling_dcp(f"could not read {checkpoint.path}"):
             dcp_load(tensors, storage_reader=reader, planner=load_planner(), no_dist=True)
         for name in batch:
-            yield tensors.pop(f"model/{name}")
+            yield tensors[f"model/{name}"]
+
+
+def _batches(kinds: Mapping[str, TensorKind]) -> list[dict[str, TensorKind]]:
+    batches: list[dict[str, TensorKind]] = [{}]
+    size = 0
+    for name, kind in kinds.items():
+        if batches[-1] and size + _room(kind) > _BATCH_BYTES:
+            batches.append({})
+            size = 0
+        batches[-1][name] = kind
+        size += _room(kind)
+    return batches
+
+
+def _room(kind: TensorKind) -> int:
+    """Bytes for a tensor, rounded up so that the next one is aligned for any dtype."""
+    return -(-kind.num_bytes // 64) * 64
 
 
 def _kinds(layout: Metadata, dtype: torch.dtype | None) -> dict[str, TensorKind]:
