@@ -1,6 +1,6 @@
 """The node graph as a picture: Mermaid or DOT source."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from forgather.config.names import did_you_mean
 from forgather.config.nodes import Call, Function, Given, Node, NodeKey, Reference, Symbol
@@ -9,11 +9,14 @@ from forgather.config.problems import problem
 FORMATS = ("mermaid", "dot")
 
 
-def draw(roots: list[Node], format: str = "mermaid") -> str:
-    """What each object is built from, reached from the roots; an edge is an argument. Raises Problems."""
+def draw(roots: list[Node], projects: Mapping[str, str], format: str = "mermaid") -> str:
+    """What each object is built from, reached from the roots; an edge is an argument.
+
+    `projects` names the other projects that take part, by namespace. Raises Problems.
+    """
     if format not in FORMATS:
         raise problem(None, f"unknown format {format!r}", fix=did_you_mean(format, FORMATS, what="formats"))
-    drawing = _Drawing()
+    drawing = _Drawing(projects)
     for root in roots:
         for node, _ in _objects(root, ""):
             drawing.add(node)
@@ -21,7 +24,8 @@ def draw(roots: list[Node], format: str = "mermaid") -> str:
 
 
 class _Drawing:
-    def __init__(self) -> None:
+    def __init__(self, projects: Mapping[str, str]) -> None:
+        self.projects = projects
         self.numbers: dict[NodeKey, int] = {}
         self.labels: list[tuple[str, str]] = []
         self.edges: list[tuple[int, int, str]] = []
@@ -30,7 +34,8 @@ class _Drawing:
         if node.key in self.numbers:
             return self.numbers[node.key]
         number = self.numbers[node.key] = len(self.labels)
-        self.labels.append((str(node.key), _kind(node)))
+        project = self.projects.get(node.key.namespace)
+        self.labels.append((f"{project}: {node.key}" if project else str(node.key), _kind(node)))
         children = node.arguments if isinstance(node, Call) else [("result", child) for child in node.children()]
         for name, child in children:
             for below, inside in _objects(child, name or ""):

@@ -173,7 +173,8 @@ class Project:
                 if tag is None or tag.name != "project":
                     roots.append(self._namespace.target(name))
         problems.raise_any()
-        return draw(roots, format)
+        projects = {key: each.project.name for key, each in self._namespace.context.instances.items()}
+        return draw(roots, projects, format)
 
     def check(self) -> list[str]:
         """Imports every SPEC and binds every argument; builds nothing. Returns notes, such as unused parameters.

@@ -90,6 +90,9 @@ def test_graphs(load: Load):
         '  n0 -->|"x"| n1\n  n0 -->|"y"| n2\n'
     )
     assert '  n0 -> n1 [label="x"];' in project.graph("dot")
+    files = {"p/project.yaml": "name: words", "p/configs/m.yaml": "main: !singleton:dict\n"}
+    inner = load("_p: !project {dir: ../p}\nmain: !singleton:dict {x: !ref _p.main }", files).graph()
+    assert '  n1["words: main<br/>!singleton:dict"]' in inner
     with pytest.raises(ConfigError, match="did you mean 'dot'"):
         project.graph("dto")
 
