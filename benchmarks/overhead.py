@@ -289,11 +289,13 @@ def report(size: str, world_size: int, seconds: dict[str, list[float]]) -> bool:
             ratio = statistics.median(b / a for a, b in pairs)
             added_ms = 1e3 * statistics.median(a - b for a, b in pairs)
             bar = ""
-            if size == "8M":
+            # The hand-written loop is judged by the same work, the peers by what one gets from them and from us.
+            is_alike = ours == "ours, full logits"
+            if size == "8M" and is_alike == (name == HandLoop.name):
                 limit = MIN_OF_HAND if name == HandLoop.name else MIN_OF_PEERS
                 reached &= ratio >= limit
                 bar = f"bar {limit:.2f} {'reached' if ratio >= limit else 'MISSED'}"
-            elif name == HandLoop.name and world_size == 1:
+            elif size == "1M" and is_alike and name == HandLoop.name and world_size == 1:
                 reached &= added_ms < MAX_ADDED_MS
                 bar = f"bar {MAX_ADDED_MS:.0f} ms {'reached' if added_ms < MAX_ADDED_MS else 'MISSED'}"
             speed = rows * length / statistics.median(seconds[ours])
