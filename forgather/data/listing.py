@@ -12,7 +12,7 @@ def list_files(path: Path, include: Sequence[str], exclude: Sequence[str] = ()) 
     """The files that match; a path that is a file is that file. DataError when nothing is there or matches.
 
     Patterns are relative to `path`: `*` and `?` stay within a folder, `**/` is any number of folders. An excluded
-    `folder/**` is not walked into.
+    `folder/**` is not walked into, nor is a link to a folder. What matches but cannot be read is a DataError too.
     """
     if path.is_file():
         return [path]
@@ -22,7 +22,7 @@ def list_files(path: Path, include: Sequence[str], exclude: Sequence[str] = ()) 
     unwanted = [_regex(pattern) for pattern in exclude]
     pruned = [_regex(pattern.removesuffix("/**")) for pattern in exclude if pattern.endswith("/**")]
     found = []
-    for folder, folders, names in os.walk(path):
+    for folder, folders, names in os.walk(path, onerror=_refuse):
         relative = Path(folder).relative_to(path)
         folders[:] = sorted(name for name in folders if not _matches(pruned, relative / name))
         for name in names:
@@ -33,7 +33,20 @@ def list_files(path: Path, include: Sequence[str], exclude: Sequence[str] = ()) 
             f"empty corpus: no file below {path} matches include {list(include)} and not exclude {list(exclude)}",
             fix="set `path` to the folder of the corpus and `include` to its files, for example ['**/*.txt']",
         )
+    for file in found:
+        if not file.is_file():
+            raise DataError(
+                f"{file} is {'a link to nothing' if file.is_symlink() else 'no file to read'}",
+                fix=f"remove it, or leave it out with `exclude: ['**/{file.name}']`",
+            )
     return sorted(found, key=lambda file: file.relative_to(path).as_posix())
+
+
+def _refuse(error: OSError) -> None:
+    """A folder that cannot be listed would silently be missing from the corpus."""
+    raise DataError(
+        f"cannot list {error.filename}: {error.strerror}", fix="grant access, or leave it out with `exclude`"
+    ) from error
 
 
 def _matches(patterns: Sequence[re.Pattern[str]], path: Path) -> bool:

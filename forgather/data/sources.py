@@ -2,7 +2,9 @@
 
 import gzip
 import json
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from glob import glob
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -64,6 +66,8 @@ class TextFiles(_Files):
         separator: str | None = None,
     ) -> None:
         super().__init__(path, include, exclude)
+        if separator == "":
+            raise DataError("separator is empty", fix="set it to the text between documents, or to null")
         self.separator = separator
 
     def documents(self) -> Iterator[str]:
@@ -96,7 +100,7 @@ class JsonLines(_Files):
         for file in self.files():
             with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as handle:
                 offset = 0
-                for number, line in enumerate(handle, 1):
+                for number, line in enumerate(_whole_lines(handle, file), 1):
                     if line.strip():
                         text = self._text(_decode(line, file, offset), f"{file}:{number}")
                         if text:
@@ -195,8 +199,8 @@ class HuggingFace:
                 yield text
 
     def digest(self) -> str:
-        local = [Path(file) for file in self.data_files or [self.path]]
-        files = [file for path in local for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+        named = [file for pattern in self.data_files or [self.path] for file in _local(pattern)]
+        files = [file for path in named for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
         settings = [self.path, self.name, self.split, self.field, self.revision]
         return _digest(["HuggingFace", settings, _listing(Path(), [file for file in files if file.is_file()])])
 
@@ -218,11 +222,26 @@ class HuggingFace:
                 data_files=self.data_files,
                 streaming=self.streaming,
             )
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+            cause = error.__cause__ or error  # "an error occurred while generating", says the library
             raise DataError(
-                f"cannot load dataset {self.path!r} ({self.name or 'default'}, split {self.split}): {error}",
+                f"cannot load dataset {self.path!r} ({self.name or 'default'}, split {self.split}): {cause}",
                 fix="check path, name and split; a name on the Hub needs the network or a filled cache",
             ) from error
+
+
+def _local(pattern: str) -> list[Path]:
+    """The files or folders on this machine that a name of the `datasets` library means, by itself or as a glob."""
+    found = [pattern] if Path(pattern).exists() else sorted(glob(pattern, recursive=True))  # noqa: PTH207  any pattern
+    return [Path(name) for name in found]
+
+
+def _whole_lines(handle: Iterable[bytes], path: Path) -> Iterator[bytes]:
+    """The lines of a file; DataError when it is compressed and cannot be unpacked to its end."""
+    try:
+        yield from handle
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be unpacked: {error}", fix="bring it back whole, or leave it out") from error
 
 
 def _split(handle: IO[bytes], separator: bytes) -> Iterator[tuple[int, bytes]]:

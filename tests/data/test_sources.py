@@ -128,3 +128,43 @@ def test_hugging_face(tmp_path, monkeypatch):
         list(HuggingFace(str(tmp_path / "saved"), field="body").documents())
     with pytest.raises(DataError, match=r"cannot load dataset .*/nowhere"):
         list(HuggingFace(str(tmp_path / "nowhere")).documents())
+
+    write(tmp_path, {"part-1.json": b'{"body": "one"}\n'})
+    several = HuggingFace("json", data_files=str(tmp_path / "part-*.json"), field="body", streaming=True)
+    before = several.digest()
+    write(tmp_path, {"part-2.json": b'{"body": "two"}\n'})
+    assert several.digest() != before
+    write(tmp_path, {"part-2.json": b"oops"})
+    with pytest.raises(DataError, match=r"cannot load dataset 'json' (.|\n)*JSON parse error"):
+        list(HuggingFace("json", data_files=str(tmp_path / "part-*.json"), field="body").documents())
+
+
+def test_a_link_to_nothing_and_a_folder_that_cannot_be_listed_are_named(tmp_path, monkeypatch):
+    write(tmp_path, {"a.txt": "a", "sub/b.txt": "b"})
+    (tmp_path / "sub" / "#b.txt").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"sub/#b\.txt is a link to nothing(.|\n)*exclude: \['\*\*/#b\.txt'\]"):
+        TextFiles(tmp_path).digest()
+    assert list(TextFiles(tmp_path, exclude=["**/#b.txt"]).documents()) == ["a", "b"]
+
+    def scandir(path):  # the tests may run as root, who may list anything
+        if os.fspath(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return listing(path)
+
+    listing = os.scandir
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataError, match=r"cannot list .*/sub: Permission denied"):
+        TextFiles(tmp_path).digest()
+    assert list(TextFiles(tmp_path, exclude=["sub/**"]).documents()) == ["a"]
+
+
+@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b'{"text": "x"}\n' * 1000)[:-10]])
+def test_a_compressed_file_that_cannot_be_unpacked_is_named(tmp_path, content):
+    write(tmp_path, {"a.jsonl.gz": content})
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz cannot be unpacked"):
+        list(JsonLines(tmp_path).documents())
+
+
+def test_an_empty_separator_is_refused(tmp_path):
+    with pytest.raises(DataError, match="separator is empty"):
+        TextFiles(tmp_path, separator="")
