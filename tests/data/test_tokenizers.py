@@ -1,14 +1,16 @@
 """Tokenizers trained from a recipe: exact, deterministic, made once."""
 
+import io
 import threading
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forgather.data import tokenize_process
 from forgather.data.sources import TextFiles
-from forgather.data.tokenize_process import Encoder
+from forgather.data.tokenize_process import Encoder, read_frame, write_frame
 from forgather.data.tokenizers import backend_json, byte_bpe, character, tokenizer_digest
 from forgather.errors import DataError
 
@@ -94,16 +96,51 @@ def test_padding_and_truncation_do_not_reach_the_corpus(bpe):
     assert counts[1] > 4
 
 
-@given(st.text(alphabet="ab, \n\r\té'3", max_size=80), st.integers(1, 9))
+@pytest.fixture(scope="module")
+def newlines_with_punctuation():
+    """Words as GPT-4, Llama 3 and Qwen have them: a newline belongs to the punctuation before it."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
+    words = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(words), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+    )
+    tokenizer.train_from_iterator([",\n_\n,\r\n\r\n_\n\nab,\n" * 20], trainer)
+    return tokenizer.to_str()
+
+
+@pytest.mark.parametrize("kind", ["GPT-2", "GPT-4"])
+@given(text=st.text(alphabet="ab, \n\r\té'3_", max_size=80), characters=st.integers(1, 9))
 @settings(max_examples=200, deadline=None)
-def test_a_long_text_in_pieces_has_the_same_tokens(bpe, text, characters):
-    encoder = Encoder(backend_json(bpe), [], [])
+def test_a_long_text_in_pieces_has_the_same_tokens(bpe, newlines_with_punctuation, kind, text, characters):
+    encoder = Encoder(backend_json(bpe) if kind == "GPT-2" else newlines_with_punctuation, [], [])
     _, whole = encoder.encode([text])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenize_process, "_PIECE_CHARACTERS", characters)
         counts, tokens = encoder.encode([text])
     assert tokens.tolist() == whole.tolist()
     assert counts.tolist() == [len(whole)]
+
+
+@pytest.mark.parametrize("length", [0, 10, 20, 30, 37])
+def test_a_frame_that_breaks_off_is_the_end(length):
+    stream = io.BytesIO()
+    write_frame(stream, np.array([1, 2]), b"abcdef")
+    whole = stream.getvalue()
+    assert len(whole) == 38
+    assert read_frame(io.BytesIO(whole[:length])) is None
+    lengths, content = read_frame(io.BytesIO(whole))
+    assert (lengths.tolist(), content) == ([1, 2], b"abcdef")
 
 
 def test_characters_in_order_of_code_point(tmp_path):
