@@ -120,7 +120,8 @@ class PreparedDataset:
                 )
 
     def _write(self, folder: Path) -> dict[str, Any]:
-        vocab_size = len(self.tokenizer)
+        # Not its length: ids may have gaps, and what does not fit into a dtype would come back as another token.
+        vocab_size = 1 + max(self.tokenizer.get_vocab().values())
         dtype = np.dtype("uint16" if vocab_size <= 2**16 else "uint32")
         tokenizer_json = backend_json(self.tokenizer)
         (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")

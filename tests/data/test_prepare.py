@@ -180,3 +180,17 @@ def test_bad_input(tmp_path, tokenizer):
 def test_a_tokenizing_process_that_dies_is_an_error():
     with pytest.raises(DataError, match="a tokenizing process ended"), TokenizePool("no json", [], [], 2) as pool:
         list(pool.encode([[b"text"]]))
+
+
+def test_ids_with_gaps_keep_their_numbers(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<end>": 0, "low": 1, "high": 2**16 + 1}, unk_token="<end>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>")
+    (tmp_path / "a.txt").write_text("low high low")
+    prepared = dataset(
+        tmp_path / "out", tokenizer, {"text": TextFiles(tmp_path / "a.txt")}, validation_fraction=0, processes=1
+    )
+    assert prepared.split("train").tokens().tolist() == [1, 2**16 + 1, 1, 0]
