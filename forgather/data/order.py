@@ -107,11 +107,14 @@ class Permutation:
         return result
 
     def _round_keys(self, epoch: int) -> list[int]:
-        if epoch not in self._keys:
+        keys = self._keys.get(epoch)
+        if keys is None:
             start = _mix((_mix(self.seed & _MASK) + epoch * _GOLDEN) & _MASK)
-            # A range of samples touches at most the end of one epoch and the start of the next, unless it is tiny.
-            self._keys = {epoch: [_mix((start + (i + 1) * _GOLDEN) & _MASK) for i in range(_ROUNDS)]}
-        return self._keys[epoch]
+            keys = [_mix((start + (i + 1) * _GOLDEN) & _MASK) for i in range(_ROUNDS)]
+            # One epoch is kept: a range touches the end of one and the start of the next, unless the corpus is tiny.
+            # Returned from here, not from what is kept: the loader's thread may be an epoch ahead and keep its own.
+            self._keys = {epoch: keys}
+        return keys
 
 
 def _mix(z: int) -> int:

@@ -167,10 +167,13 @@ class ShardSet:
                 raise DataError(f"{path} {found}", fix=_prepare_again(self.folder))
 
     def _open(self) -> None:
+        opened = []
         for shard in self._entry["shards"]:
             descriptor = os.open(self.folder / shard["file"], os.O_RDONLY)
-            self._files_open.append(descriptor)
             weakref.finalize(self, os.close, descriptor)
+            opened.append(descriptor)
+        # All at once: another thread, or the next read after a failure, must not find some of them.
+        self._files_open = opened
 
 
 def _checksum(path: Path) -> str:

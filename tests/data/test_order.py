@@ -82,3 +82,22 @@ def test_the_state_of_another_order_is_refused():
 def test_no_blocks_no_order():
     with pytest.raises(DataError, match="at least one block"):
         Permutation(0, 1)
+
+
+def test_another_thread_may_be_an_epoch_ahead():
+    """The loader's thread asks for the next step while the run may look at this one."""
+    order = Permutation(10, 1)
+    expected = [order.samples(10 * epoch, 10).tolist() for epoch in (0, 1)]
+
+    class Contested(Permutation):
+        """Another thread always comes between: what is kept is its own."""
+
+        @property
+        def _keys(self):
+            return {}
+
+        @_keys.setter
+        def _keys(self, _): ...
+
+    contested = Contested(10, 1)
+    assert [contested.samples(10 * epoch, 10).tolist() for epoch in (0, 1)] == expected

@@ -1,5 +1,6 @@
 """Shards: what was written comes back, and damage is named."""
 
+import os
 import pickle
 
 import numpy as np
@@ -124,3 +125,19 @@ def test_read_fills_only_what_there_is(tmp_path):
     out = np.full(4, -1)
     assert write_shards(tmp_path, [[1, 2, 3]]).read(1, out) == 2
     assert out.tolist() == [2, 3, -1, -1]
+
+
+def test_a_shard_that_could_not_be_opened_is_opened_later(tmp_path, monkeypatch):
+    shards = write_shards(tmp_path, [list(range(25))])
+    opened = iter([os.open, None])
+
+    def refuse_the_second(*arguments):
+        if (function := next(opened)) is None:
+            raise OSError(24, "Too many open files")
+        return function(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse_the_second)
+        with pytest.raises(OSError, match="Too many"):
+            shards.tokens()
+    assert shards.tokens().tolist() == list(range(25))
