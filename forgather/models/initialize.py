@@ -67,17 +67,17 @@ def make_whole(model: nn.Module) -> None:
     if on_meta:
         raise ModelError(f"still on the meta device: {', '.join(on_meta)}", fix="call model.to_empty(device=...) first")
     for name, module, base in _modules(model, model):
-        buffers = {key: buffer for key, buffer in module.named_buffers(recurse=False) if buffer.is_floating_point()}
-        if not buffers:
+        # Masks are booleans and positions integers: any value could be meant, so what is looked at is who wrote there.
+        before = {key: (buffer, buffer._version) for key, buffer in module.named_buffers(recurse=False)}
+        if not before:
             continue
-        for buffer in buffers.values():
-            buffer.fill_(torch.nan)  # what is still there afterwards was computed by nobody
         reset_buffers, init_weights = (getattr(module, "reset_buffers", None), getattr(base, "_init_weights", None))
         if reset_buffers is not None:
             reset_buffers()
         elif init_weights is not None:
             init_weights(module)
-        left = [key for key in buffers if getattr(module, key).isnan().any()]
+        after = dict(module.named_buffers(recurse=False))
+        left = [key for key, (buffer, version) in before.items() if after[key] is buffer and buffer._version == version]
         if left:
             raise ModelError(
                 f"nothing computes the buffers {', '.join(f'{name}.{key}' for key in left)}",

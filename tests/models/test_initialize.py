@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM, LlamaForCausalLM
 
 from forgather.errors import ModelError
 from forgather.models.initialize import BLOCK, initialize, make_whole
@@ -196,9 +196,33 @@ def test_buffers_are_recomputed_and_ties_remade(tied: Package) -> None:
 
 def test_a_buffer_that_nothing_computes_is_named() -> None:
     model = nn.Sequential(nn.BatchNorm1d(3))
-    with pytest.raises(ModelError, match=r"nothing computes the buffers 0\.running_mean, 0\.running_var") as raised:
+    with pytest.raises(ModelError, match=r"buffers 0\.running_mean, 0\.running_var, 0\.num_batches_tracked") as raised:
         initialize(model, {".": Ones()}, 0)
     assert "BatchNorm1d" in str(raised.value.fix)
+
+
+def test_masks_are_recomputed() -> None:
+    """GPT-Neo keeps its causal and its local mask as booleans, in no checkpoint."""
+    config = GPTNeoConfig(
+        hidden_size=32,
+        num_layers=2,
+        num_heads=2,
+        attention_types=[[["global", "local"], 1]],
+        window_size=4,
+        vocab_size=64,
+        max_position_embeddings=16,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    fresh = dict(GPTNeoForCausalLM(config).named_buffers())
+    with torch.device("meta"):
+        model = GPTNeoForCausalLM(config)
+    model.to_empty(device="cpu")
+    for buffer in model.buffers():
+        buffer.fill_(1)
+    make_whole(model)
+    assert len(fresh) == 2
+    assert all(torch.equal(buffer, fresh[name]) for name, buffer in model.named_buffers())
 
 
 def test_keep_is_what_torch_draws() -> None:
