@@ -75,6 +75,8 @@ class Package:
         Several processes may call it at once. An equal package is kept. A different one is an error unless `refresh`,
         which replaces the generated files and nothing else.
         """
+        if (self.dir / MANIFEST).exists() and not self.differences():
+            return self.dir  # needs no lock, so a read-only disk that holds it will do
         with self._locked():
             if not self.dir.is_dir():
                 self._aside().rename(self.dir)
@@ -92,7 +94,10 @@ class Package:
         path = self.dir / MANIFEST
         if not path.exists():
             return []
-        manifest: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["files"]
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["digest"] is None:
+            return ["a refresh of it was interrupted"]
+        manifest: dict[str, str] = content["files"]
         found = []
         for name in sorted(manifest.keys() | self._files.keys()):
             on_disk = self.dir / name
@@ -212,15 +217,18 @@ class Package:
         return aside
 
     def _move_in(self) -> None:
-        """Replace the generated files one by one. The manifest goes first: a half-done move shows as differences."""
+        """Replace the generated files one by one; until the last, the manifest says that it is not finished."""
         aside = self._aside()
-        old = self.dir / MANIFEST
-        obsolete = json.loads(old.read_text(encoding="utf-8"))["files"].keys() if old.exists() else ()
-        (aside / MANIFEST).replace(old)
+        manifest = self.dir / MANIFEST
+        old = json.loads(manifest.read_text(encoding="utf-8"))["files"] if manifest.exists() else {}
+        unfinished = aside / "unfinished.json"
+        unfinished.write_bytes(_json({"digest": None, "files": dict.fromkeys([*old, *self._files])}))
+        unfinished.replace(manifest)
         for name in self._files:
             (aside / name).replace(self.dir / name)
-        for name in set(obsolete) - self._files.keys():
+        for name in old.keys() - self._files.keys():
             (self.dir / name).unlink(missing_ok=True)
+        (aside / MANIFEST).replace(manifest)
         aside.rmdir()
 
     def _refuse_foreign_files(self) -> None:

@@ -1,10 +1,12 @@
 """The package loads without Forgather, is kept, noticed as stale and rebuilt, and never collides with another."""
 
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +273,17 @@ def test_a_folder_with_runs_only_is_used(folder: Path) -> None:
     assert package(folder).construct().config.hidden_size == 64
 
 
+def test_an_equal_package_on_a_read_only_disk_is_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    package(folder).write()
+    monkeypatch.setattr("forgather.models.package.FileLock", refused)
+    assert package(folder).construct().config.hidden_size == 64
+    with pytest.raises(ModelError, match="Read-only file system"):
+        package(folder, rms_norm_eps=1e-6).write(refresh=True)
+
+
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ModelError, match="cannot write the model package") as raised:
@@ -342,14 +355,33 @@ def test_a_writer_that_was_killed_leaves_nothing_in_the_way(folder: Path) -> Non
     assert not aside.exists()
 
 
-def test_a_refresh_that_was_killed_is_noticed(folder: Path) -> None:
+@pytest.mark.parametrize("moves", [1, 18, 20])
+def test_a_refresh_that_was_killed_is_noticed_by_either(
+    folder: Path, moves: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By who goes on and by who goes back, also where all that differs is in a file that is not compared."""
     package(folder).write()
-    other = package(folder, rms_norm_eps=1e-6)
-    aside = other._aside()
-    (aside / MANIFEST).replace(folder / MANIFEST)  # the first step of a refresh, and no other
-    assert other.differences() == ["config.json says rms_norm_eps: 1e-05, the configuration 1e-06"]
+    before = package(folder)
+    other = package(folder)
+    other.tokenizer.chat_template = "{{ other }}"
+    moved = count()
+
+    def killed(self: Path, target: Path) -> Path:
+        if next(moved) == moves:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    replace = Path.replace
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            other.write(refresh=True)
+    assert other.differences() == before.differences() == ["a refresh of it was interrupted"]
+    with pytest.raises(ModelError, match="is stale: a refresh of it was interrupted"):
+        other.write()
     other.write(refresh=True)
     assert other.differences() == []
+    assert (folder / "chat_template.jinja").read_text() == "{{ other }}"
 
 
 def test_importing_the_package_module_costs_no_torch() -> None:
