@@ -25,6 +25,12 @@ def configure(parser: CommandParser) -> None:
     )
     parser.add_argument("--fresh", action="store_true", help="open another run folder instead of continuing the run")
     parser.add_argument("--dry-run", action="store_true", help="do all but train: build, print the budget, stop")
+    parser.add_argument(
+        "-r",
+        "--refresh-model",
+        action="store_true",
+        help="rebuild the model package from its sources if it is stale; weights and runs are left alone",
+    )
     parser.epilog = (
         "Words after `--` are handed to torchrun, which then starts the ranks even when there is one.\n"
         "Started by torchrun, this command is a rank: torchrun --nproc-per-node 8 -m forgather train\n"
@@ -54,7 +60,9 @@ def run(options: Options) -> int:
 def _train(options: Options) -> int:
     from forgather.trainers.worker import run_worker
 
-    return run_worker(options.project, fresh=options.fresh, dry_run=options.dry_run)
+    return run_worker(
+        options.project, fresh=options.fresh, dry_run=options.dry_run, refresh_model=options.refresh_model
+    )
 
 
 def _count(text: str) -> int:

@@ -118,7 +118,7 @@ class Package:
         """The error that says so."""
         return ModelError(
             f"the model package in {self.dir} is stale: {'; '.join(differences)}",
-            fix="`forgather model -r construct` with the same -p and -t rebuilds it and leaves weights and runs alone; "
+            fix="the same command with -r (--refresh-model) rebuilds it and leaves weights and runs alone; "
             "or choose another --model-name or --output-dir (in a run: model_project.args.model_name=NAME)",
         )
 

@@ -12,15 +12,20 @@ from forgather.trainers.events import Outcome
 from forgather.trainers.trainer import Trainer
 
 
-def run_worker(project: Project, *, fresh: bool = False, dry_run: bool = False) -> int:
+def run_worker(project: Project, *, fresh: bool = False, dry_run: bool = False, refresh_model: bool = False) -> int:
     """Build the target `main` of `project` and run it; returns the exit code.
 
-    With `fresh` the run gets another folder instead of going on; `dry_run` does all but train. Needs the targets
-    `environment` and, for `fresh`, a target of that name, which `lib:train/causal_lm.yaml` has.
+    With `fresh` the run gets another folder instead of going on; `dry_run` does all but train; `refresh_model` rebuilds
+    a model package that the configuration has outgrown. Needs the targets `environment` and, for the two flags, `fresh`
+    and `package`, which `lib:train/causal_lm.yaml` has.
     """
     session = project.session()
     environment: Environment = session.build("environment")
     require_equal("the resolved configuration", project.digest)
+    if refresh_model:
+        _require_target(project, "package", "--refresh-model", "package: !ref model_project.package")
+        # Whoever comes first rebuilds it, under the package's lock; the others find it equal.
+        session.build("package").write(refresh=True)
     trainer = _build(project, session, fresh)
     run = trainer.checkpoints.run
     try:
@@ -55,11 +60,7 @@ def run_worker(project: Project, *, fresh: bool = False, dry_run: bool = False) 
 def _build(project: Project, session: Any, fresh: bool) -> Trainer:
     given = {}
     if fresh:
-        if not project.has("fresh"):
-            raise ConfigError(
-                f"config {project.config_name!r} has no target `fresh`, so --fresh cannot reach its run folder",
-                fix="extend lib:train/causal_lm.yaml, or give the config `fresh: false` and use it in its run folder",
-            )
+        _require_target(project, "fresh", "--fresh", "fresh: false, and use it in its run folder")
         given["fresh"] = True
     main = session.build("main", given=given)
     if not isinstance(main, Trainer):
@@ -68,3 +69,11 @@ def _build(project: Project, session: Any, fresh: bool) -> Trainer:
             fix="let main be a !singleton:forgather.trainers.trainer:Trainer",
         )
     return main
+
+
+def _require_target(project: Project, target: str, flag: str, written: str) -> None:
+    if not project.has(target):
+        raise ConfigError(
+            f"config {project.config_name!r} has no target `{target}`, which {flag} needs",
+            fix=f"extend lib:train/causal_lm.yaml, or write {written}",
+        )

@@ -17,8 +17,8 @@ def started(monkeypatch):
     worker = ModuleType("forgather.trainers.worker")
     launcher = ModuleType("forgather.distributed.launcher")
 
-    def run_worker(project, *, fresh, dry_run):
-        calls.append(("worker", project.config_name, fresh, dry_run, project.show("main")))
+    def run_worker(project, *, fresh, dry_run, refresh_model):
+        calls.append(("worker", project.config_name, fresh, dry_run, refresh_model, project.show("main")))
         return 75
 
     def launch(module, arguments, processes, extra):
@@ -36,8 +36,14 @@ def started(monkeypatch):
 def test_without_devices_one_rank_runs_in_this_process(forgather, started):
     done = forgather("train", "--fresh", "main.steps=7", "--lr", "1.5")
     assert done.code == 75
-    ((name, config, fresh, dry_run, shown),) = started
-    assert (name, config.removesuffix(".yaml"), fresh, dry_run) == ("worker", "train", True, False)
+    ((name, config, fresh, dry_run, refresh_model, shown),) = started
+    assert (name, config.removesuffix(".yaml"), fresh, dry_run, refresh_model) == (
+        "worker",
+        "train",
+        True,
+        False,
+        False,
+    )
     assert "steps: 7" in shown
     assert "lr: 1.5" in shown
 
@@ -78,7 +84,7 @@ def test_started_by_torchrun_it_is_a_rank(project):
     script = (
         "import sys; from types import ModuleType\n"
         "worker = ModuleType('forgather.trainers.worker')\n"
-        "worker.run_worker = lambda project, *, fresh, dry_run: print('rank of', project.config_name) or 3\n"
+        "worker.run_worker = lambda project, **flags: print('rank of', project.config_name) or 3\n"
         "sys.modules['forgather.trainers.worker'] = worker\n"
         "from forgather.cli.main import main\n"
         "sys.exit(main(sys.argv[1:]))\n"

@@ -217,7 +217,7 @@ def test_another_package_is_stale_until_refreshed(folder: Path, sizes: dict[str,
     with pytest.raises(ModelError, match=r"is stale: .*config\.json") as raised:
         other.construct()
     assert said in str(raised.value)
-    assert "model -r construct" in str(raised.value.fix)
+    assert "with -r (--refresh-model)" in str(raised.value.fix)
     other.write(refresh=True)
     assert other.differences() == []
     assert (folder / "runs").is_dir()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from forgather import Project
-from forgather.errors import EXIT_OK, EXIT_RESUMABLE, ConfigError, TrainingError
+from forgather.errors import EXIT_OK, EXIT_RESUMABLE, ConfigError, ModelError, TrainingError
 from forgather.metrics.sinks import read_rows
 from forgather.trainers.worker import run_worker
 
@@ -131,6 +131,16 @@ def test_a_dry_run_does_all_but_train(folder, capsys):
     assert not list((folder / "runs" / "dry" / "checkpoints").iterdir())
 
 
+def test_a_stale_package_stops_a_run_until_it_is_refreshed(folder):
+    project = Project(folder, args={"run_name": "reshaped"}, set={"model_project.args.model_name": "reshaped"})
+    assert run_worker(project, dry_run=True) == EXIT_OK
+    project = project.replaced(set={"model_project.args.num_hidden_layers": 2})
+    with pytest.raises(ModelError, match=r"is stale: config\.json says num_hidden_layers: 1, the configuration 2"):
+        run_worker(project, dry_run=True)
+    assert run_worker(project, dry_run=True, refresh_model=True) == EXIT_OK
+    assert run_worker(project, dry_run=True) == EXIT_OK
+
+
 def test_a_stopped_run_is_resumable(folder):
     stop = {"main.hooks.stopper.at": 2}
     assert run_worker(Project(folder, args={"run_name": "stopped"}, set=stop)) == EXIT_RESUMABLE
@@ -154,3 +164,5 @@ def test_a_main_of_another_kind_is_refused(folder):
         run_worker(Project(folder, "other"))
     with pytest.raises(ConfigError, match="has no target `fresh`"):
         run_worker(Project(folder, "other"), fresh=True)
+    with pytest.raises(ConfigError, match="has no target `package`, which --refresh-model needs"):
+        run_worker(Project(folder, "other"), refresh_model=True)
