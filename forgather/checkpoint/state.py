@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from forgather.checkpoint.document import Json, join, split
 from forgather.checkpoint.optimizer_state import optimizer_state_by_name, prepare_state
 from forgather.checkpoint.random_state import capture_random, reseed_random, restore_random
-from forgather.distributed.collectives import gather_objects, rank, world_size
+from forgather.distributed.collectives import failing_together, gather_objects, rank, world_size
 
 # Wrappers of torch.compile and of recomputation put these into names; a checkpoint must load without them, too.
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
@@ -44,10 +44,11 @@ class TrainState:
 
     def capture(self) -> tuple[dict[str, torch.Tensor], dict[str, Json]]:
         """Named tensors and the document of the rest. Collective: the document has every rank's random numbers."""
-        tensors = {f"model/{name}": tensor for name, tensor in self.weights().items()}
-        optimizer, optimizer_tensors = self._optimizer_state()
-        extras, extra_tensors = split({name: extra.state_dict() for name, extra in self.extras.items()}, "extras")
-        own, random_tensors = split(capture_random(self.device), f"random/{rank()}")
+        with failing_together():  # an extra may refuse on one rank only
+            tensors = {f"model/{name}": tensor for name, tensor in self.weights().items()}
+            optimizer, optimizer_tensors = self._optimizer_state()
+            extras, extra_tensors = split({name: extra.state_dict() for name, extra in self.extras.items()}, "extras")
+            own, random_tensors = split(capture_random(self.device), f"random/{rank()}")
         ranks = gather_objects((own, optimizer))
         document: dict[str, Json] = {
             "optimizer": {name: state for _, states in ranks for name, state in states.items()},

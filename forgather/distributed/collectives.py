@@ -4,6 +4,8 @@ All of them are collective: every rank calls them, in the same order. A world of
 bytes; parameters and gradients travel elsewhere.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -65,6 +67,25 @@ def gather_objects(value: T) -> list[T]:
     values: list[T | None] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values  # type: ignore[return-value]  # all_gather_object has filled every place
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """A block without collectives that fails on every rank when it fails on one, so that nobody waits for who is gone.
+
+    The failing rank raises its own error, the others a DistributedError that names it.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  raised below, by all
+        failure = error
+    causes = gather_objects(None if failure is None else str(failure) or type(failure).__name__)
+    if failure is not None:
+        raise failure
+    for number, cause in enumerate(causes):
+        if cause is not None:
+            raise DistributedError(f"rank {number} failed ({cause})")
 
 
 def require_equal(what: str, value: str) -> None:

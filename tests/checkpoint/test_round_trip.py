@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from forgather.distributed.collectives import rank
-from forgather.errors import CheckpointError
+from forgather.errors import CheckpointError, DistributedError
 from tests.checkpoint.training import Run, load_newest, open_store, save_at
 from tests.ranks import RankPool
 
@@ -132,6 +132,31 @@ def failing_save(folder: str) -> str:
     finally:
         store.run.close()
     return "saved"
+
+
+def refused_state(folder: str) -> str:
+    run = Run()
+    store = open_store(Path(folder))
+
+    def refuse() -> dict[str, object]:
+        raise ValueError("the hook has nothing to give")
+
+    if rank() == 1:
+        run.position.state_dict = refuse  # type: ignore[method-assign]
+    try:
+        store.save(run.state, 1)
+    except (ValueError, DistributedError) as error:
+        return str(error)
+    finally:
+        store.run.close()
+    return "saved"
+
+
+def test_a_state_that_one_rank_cannot_give_fails_on_all_at_once(tmp_path: Path) -> None:
+    with RankPool(2, timeout_s=20) as pool:
+        messages = pool.run(refused_state, str(tmp_path / "run"))
+    assert messages == ["rank 1 failed (the hook has nothing to give)", "the hook has nothing to give"]
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
 def test_when_one_rank_fails_all_say_so_and_nothing_appears(tmp_path: Path, two_ranks: RankPool) -> None:
