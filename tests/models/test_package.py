@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from forgather.errors import ModelError
 from forgather.models.construct import construct, load_classes
 from forgather.models.package import MANIFEST, Package
+from forgather.models.parts.initializers import Keep, Normal, Zeros
 from forgather.models.weights import save_weights
 from tests.models.example import PLAN, SIZES, SOURCE, package
 from tests.ranks import RankPool
@@ -158,6 +159,18 @@ def test_from_config_needs_no_trust_flag_once_loaded(tiny: Package) -> None:
     config = AutoConfig.from_pretrained(tiny.dir)
     assert type(AutoModelForCausalLM.from_config(config)).__name__ == "TinyLlamaForCausalLM"
     assert type(AutoModel.from_config(config)).__name__ == "TinyLlamaModel"
+
+
+def test_a_rule_holds_beside_a_parameter_that_keeps_its_own_values(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    construct(package(folder, source=SOURCE.replace("bias=False", "bias=True ")).write())
+    config = AutoConfig.from_pretrained(folder)
+    rules = {r"lm_head\.weight": Zeros(), r"lm_head\.bias": Keep(), ".": Normal(std=0.02)}
+    monkeypatch.setattr(AutoModelForCausalLM._model_mapping[type(config)], "init_rules", staticmethod(lambda _: rules))
+    head = AutoModelForCausalLM.from_config(config).lm_head
+    assert not head.weight.any()
+    assert 0 < head.bias.abs().max() <= head.in_features**-0.5
 
 
 def test_the_vocabulary_can_be_resized(tied: Package) -> None:

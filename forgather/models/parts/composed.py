@@ -45,12 +45,13 @@ class ComposedModel(PreTrainedModel):
         assignment = assign(self.init_rules(self.config), [f"{prefix}.{name}" for name in parameters])
         if assignment.without_rule:
             raise ValueError(f"no initialisation rule for {', '.join(assignment.without_rule)}")
-        reset_parameters = getattr(module, "reset_parameters", None)
-        for parameter, initializer in zip(parameters.values(), assignment.chosen.values(), strict=True):
+        chosen = assignment.chosen.values()
+        # The module's own values come first: they are all its parameters', also of those that have another rule.
+        if any(initializer.fill is None for initializer in chosen) and hasattr(module, "reset_parameters"):
+            module.reset_parameters()  # type: ignore[operator]
+        for parameter, initializer in zip(parameters.values(), chosen, strict=True):
             if initializer.fill is not None:
                 initializer.fill(parameter)
-            elif reset_parameters is not None:
-                reset_parameters()
 
     def _name_of(self, module: nn.Module) -> str:
         for name, candidate in self.named_modules():
