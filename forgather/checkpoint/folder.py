@@ -82,13 +82,11 @@ class Committed:
 
     def __enter__(self) -> Draft:
         self._on_rank_0(self._begin)
-        visible = gather_objects(self.draft.path.is_dir())
-        if not all(visible):
+        try:
+            require_shared(self.draft.path)
+        except CheckpointError:
             self._on_rank_0(self._discard)
-            raise CheckpointError(
-                f"rank {visible.index(False)} does not see {self.draft.path}, which rank 0 has just made",
-                fix="let the run folder be on a file system that all hosts share",
-            )
+            raise
         return self.draft
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
@@ -155,6 +153,16 @@ class Committed:
         error = broadcast_object(error)
         if error is not None:
             raise error
+
+
+def require_shared(folder: Path) -> None:
+    """Raise CheckpointError on every rank unless all see the folder that rank 0 has made."""
+    visible = gather_objects(folder.is_dir())
+    if not all(visible):
+        raise CheckpointError(
+            f"rank {visible.index(False)} does not see {folder}, which rank 0 has made",
+            fix="let the run folder be on a file system that all hosts share",
+        )
 
 
 def sync(path: Path) -> None:

@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Self
 
-from forgather.checkpoint.folder import sync
+from forgather.checkpoint.folder import require_shared, sync
 from forgather.checkpoint.lock import RunLock
 from forgather.distributed.collectives import broadcast_object, rank
 from forgather.errors import CheckpointError
@@ -19,7 +19,8 @@ class RunFolder:
     """Opens `dir` for one live run; with `fresh`, the first of `dir`, `dir-2`, `dir-3`, ... that is not there yet.
 
     Collective: rank 0 decides, makes and locks, and tells the others. Raises CheckpointError on every rank when the
-    folder cannot be made or another live run has it. Nothing that is already there is overwritten.
+    folder cannot be made, another live run has it, or a rank does not see it. Nothing that is already there is
+    overwritten.
     """
 
     def __init__(self, dir: Path, fresh: bool = False) -> None:
@@ -39,6 +40,11 @@ class RunFolder:
         opened = broadcast_object(opened)
         if isinstance(opened, CheckpointError):
             raise opened
+        try:
+            require_shared(opened)  # now, not after hours at the first save
+        except CheckpointError:
+            self.close()
+            raise
         self.dir = opened
         self.checkpoints = opened / "checkpoints"
         self.logs = opened / "logs"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from forgather.checkpoint.run_folder import RunFolder
+from forgather.distributed.collectives import rank
 from forgather.errors import CheckpointError
 from tests.checkpoint.crashing import Victim
 from tests.ranks import run_ranks
@@ -21,6 +22,25 @@ def test_a_second_live_run_is_refused_and_the_first_is_named(tmp_path: Path) -> 
         assert os.uname().nodename in str(raised.value)
         RunFolder(tmp_path / "run", fresh=True).close()
     RunFolder(tmp_path / "run").close()  # the kill has released it
+
+
+def open_on_another_host(folder: str) -> str:
+    """Where rank 1 has a disk of its own."""
+    if rank() == 1:
+        is_dir = Path.is_dir
+        Path.is_dir = lambda path: not str(path).startswith(folder) and is_dir(path)  # type: ignore[method-assign]
+    try:
+        RunFolder(Path(folder) / "run").close()
+    except CheckpointError as error:
+        return str(error)
+    return "opened"
+
+
+def test_a_folder_that_a_rank_does_not_see_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    for message in run_ranks(2, open_on_another_host, str(tmp_path)):
+        assert f"rank 1 does not see {tmp_path / 'run'}" in message
+        assert "all hosts share" in message
+    RunFolder(tmp_path / "run").close()
 
 
 def open_in_child(folder: str) -> str:
