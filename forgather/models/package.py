@@ -94,7 +94,9 @@ class Package:
         path = self.dir / MANIFEST
         if not path.exists():
             return []
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = _read(path)
+        if "files" not in content:
+            return [f"{MANIFEST} is damaged"]
         if content["digest"] is None:
             return ["a refresh of it was interrupted"]
         manifest: dict[str, str] = content["files"]
@@ -176,7 +178,9 @@ class Package:
         path = self.dir / "config.json"
         if not path.exists():
             return []
-        on_disk = json.loads(path.read_text(encoding="utf-8"))
+        on_disk = _read(path)
+        if not on_disk:
+            return ["config.json is damaged"]
         return [
             f"config.json says {key}: {on_disk[key]}, the configuration {value}"
             for key, value in self.hf_config.items()
@@ -220,7 +224,7 @@ class Package:
         """Replace the generated files one by one; until the last, the manifest says that it is not finished."""
         aside = self._aside()
         manifest = self.dir / MANIFEST
-        old = json.loads(manifest.read_text(encoding="utf-8"))["files"] if manifest.exists() else {}
+        old = _read(manifest).get("files", {}) if manifest.exists() else {}
         unfinished = aside / "unfinished.json"
         unfinished.write_bytes(_json({"digest": None, "files": dict.fromkeys([*old, *self._files])}))
         unfinished.replace(manifest)
@@ -246,6 +250,15 @@ def _tokenizer_files(tokenizer: "PreTrainedTokenizerBase") -> dict[str, bytes]:
         files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
     # transformers 5 no longer writes this file, but tools outside it still look for it.
     return {"special_tokens_map.json": _json(tokenizer.special_tokens_map), **files}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The mapping of a JSON file; an empty one where it holds none, as after an edit that went wrong."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _agree(on_disk: Any, value: Any) -> bool:

@@ -260,6 +260,17 @@ def test_edits_by_hand_are_stale(folder: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("content", [b"", b'{"model_type": ', b"[]", b"\xff"])
+@pytest.mark.parametrize("name", ["config.json", MANIFEST])
+def test_damaged_files_are_stale(folder: Path, name: str, content: bytes) -> None:
+    built = package(folder)
+    built.write()
+    (folder / name).write_bytes(content)
+    assert built.differences() == [f"{name} is damaged"]
+    built.write(refresh=True)
+    assert built.differences() == []
+
+
 def test_parts_that_are_no_longer_used_go_with_a_refresh(folder: Path) -> None:
     package(folder).write()
     manifest = json.loads((folder / MANIFEST).read_text())
