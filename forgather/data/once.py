@@ -1,6 +1,7 @@
 """A folder that one process makes, whole or not at all, while the others wait for it."""
 
 import errno
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,7 +36,11 @@ def made_once(folder: Path) -> Iterator[Path | None]:
             aside.mkdir()
             try:
                 yield aside
+                # A crash of the machine must not leave a folder of that name whose files are empty.
+                for path in [*aside.rglob("*"), aside]:
+                    _sync(path)
                 aside.rename(folder)
+                _sync(folder.parent)
             except BaseException:
                 shutil.rmtree(aside, ignore_errors=True)
                 raise
@@ -49,3 +54,11 @@ def made_once(folder: Path) -> Iterator[Path | None]:
                 f"cannot make {folder}: {error.strerror}: {error.filename}", fix="grant access, or set another folder"
             ) from error
         raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -87,7 +87,7 @@ class PreparedDataset:
         with made_once(self.folder) as folder:
             if folder is not None:
                 manifest = self._write(folder)
-                _write_synced(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+                (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
                 print(f"  {summary(manifest)}, in {self.folder}", file=sys.stderr)
         return self.folder
 
@@ -235,10 +235,3 @@ def summary(manifest: dict[str, Any]) -> str:
 def _processes_for(total_bytes: int | None) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return cores if total_bytes is None else max(1, min(cores, total_bytes // _BYTES_PER_PROCESS))
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
