@@ -13,7 +13,8 @@ class RunLock:
     """Holds `path` for this process until `release` or until the process is gone, however it dies.
 
     The kernel keeps the lock (flock), so a kill -9 leaves nothing behind. CheckpointError, naming process and host,
-    when another process holds it. On a network file system it holds between hosts where the server supports locks.
+    when another process holds it, and where there are no locks. On a network file system it holds between hosts where
+    the server supports locks.
     """
 
     def __init__(self, path: Path) -> None:
@@ -28,6 +29,12 @@ class RunLock:
                 f"{path.parent} is used by a live run: {holder}",
                 fix="let that run end or stop it, or start another one beside it with --fresh",
             ) from None
+        except OSError as error:
+            os.close(self._descriptor)
+            raise CheckpointError(
+                f"cannot lock {path}: {error.strerror}",
+                fix="let the run folder be on a file system with locks (Lustre has them when mounted with -o flock)",
+            ) from error
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
         # A forked child (a loader's worker) inherits the descriptor, and with it would outlive us as a holder.

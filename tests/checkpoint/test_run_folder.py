@@ -1,5 +1,6 @@
 """A run folder has one live run, and nothing in it is overwritten."""
 
+import errno
 import multiprocessing
 import os
 from pathlib import Path
@@ -22,6 +23,17 @@ def test_a_second_live_run_is_refused_and_the_first_is_named(tmp_path: Path) -> 
         assert os.uname().nodename in str(raised.value)
         RunFolder(tmp_path / "run", fresh=True).close()
     RunFolder(tmp_path / "run").close()  # the kill has released it
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("forgather.checkpoint.lock.fcntl.flock", refused)
+    with pytest.raises(
+        CheckpointError, match=r"cannot lock .*run/\.lock: No locks available\n.*file system with locks"
+    ):
+        RunFolder(tmp_path / "run")
 
 
 def open_on_another_host(folder: str) -> str:
