@@ -11,7 +11,8 @@
 | `!delete` | a key | gone; of nothing: an error |
 | `!append`, `!prepend` | list or mapping (or null, nothing) | joined at that end |
 
-The parent's order is kept and new keys go last. A merged tree holds none of the five merge tags.
+The parent's order is kept and new keys go last. A merged tree holds none of the five merge tags, but below `set` of a
+`!project`: what stands there is merged into the other project's tree, and means what it says when that is known.
 """
 
 from forgather.config.paths import format_path
@@ -88,14 +89,57 @@ def _why_closed(value: Value) -> tuple[str, str] | None:
 
 
 def _merge_keys(base: MappingValue, over: MappingValue, path: Path, problems: Collector) -> MappingValue:
+    is_project = base.tag is not None and base.tag.name == "project"
     items = dict(base.items)
     for key, value in over.items.items():
-        merged = merge(items.get(key), value, (*path, str(key)), problems)
+        merge_key = _merge_set if is_project and key == "set" else merge
+        merged = merge_key(items.get(key), value, (*path, str(key)), problems)
         if merged is None:
             items.pop(key, None)
         else:
             items[key] = merged
     return MappingValue(items, base.place, base.tag)
+
+
+def _merge_set(base: Value | None, over: Value, path: Path, problems: Collector) -> Value | None:
+    """`set` of a `!project`, whose values are overrides that wait for the tree they are meant for."""
+    name = over.tag.name if over.tag else None
+    if not isinstance(over, MappingValue) or name not in (None, "replace"):
+        return merge(base, over, path, problems)
+    below = base if isinstance(base, MappingValue) and name is None else MappingValue({}, over.place)
+    return _merge_overrides(below, over, path, problems)
+
+
+def _merge_overrides(base: MappingValue, over: MappingValue, path: Path, problems: Collector) -> MappingValue:
+    items = dict(base.items)
+    for key, value in over.items.items():
+        merged = _merge_override(items.get(key), value, (*path, str(key)), problems)
+        if merged is None:
+            items.pop(key, None)
+        else:
+            items[key] = merged
+    return MappingValue(items, base.place, base.tag)
+
+
+def _merge_override(base: Value | None, over: Value, path: Path, problems: Collector) -> Value | None:
+    """One override over another of the same place; None when that leaves none."""
+    name = over.tag.name if over.tag else None
+    below = base.tag.name if base is not None and base.tag else None
+    if base is None:
+        return over
+    if name == "delete":
+        return None
+    if name is None and isinstance(over, MappingValue):
+        if isinstance(base, MappingValue):
+            return _merge_overrides(base, over, path, problems)
+        return over.retagged(Tag("replace")) if below == "delete" else over
+    if name in ("append", "prepend"):
+        if isinstance(base, ListValue) and isinstance(over, ListValue) and below in (None, name):
+            items = [*over.items, *base.items] if name == "prepend" else [*base.items, *over.items]
+            return ListValue(items, base.place, base.tag)
+        fix = "write here what both are to do"
+        problems.add(over.place, f"!{name} cannot join the override at {base.place}", fix=fix)
+    return over
 
 
 def _delete(base: Value | None, over: Value, path: Path, problems: Collector) -> None:
@@ -124,27 +168,33 @@ def _patch(base: Value | None, over: Value, path: Path, problems: Collector) -> 
 def _join(base: Value | None, over: Value, path: Path, problems: Collector) -> Value:
     assert over.tag is not None, "a join is known by its tag"
     goes_first = over.tag.name == "prepend"
-    addition = _fresh(over.retagged(None), path, problems)
-    if base is None or (isinstance(base, Scalar) and base.tag is None and base.content is None):
-        base = None
-    if isinstance(addition, ListValue) and isinstance(base, ListValue | None):
-        if base is None:
-            return addition
+    base = _joinable(base, over)
+    if isinstance(over, ListValue) and isinstance(base, ListValue):
+        addition = _fresh(over.retagged(None), path, problems)
+        assert isinstance(addition, ListValue), "settling keeps the kind"
         items = [*addition.items, *base.items] if goes_first else [*base.items, *addition.items]
         return ListValue(items, base.place, base.tag)
-    if isinstance(addition, MappingValue) and isinstance(base, MappingValue | None):
-        if base is None:
-            return addition
-        assert isinstance(over, MappingValue), "retagging keeps the kind"
+    if isinstance(over, MappingValue) and isinstance(base, MappingValue):
         merged = _merge_keys(base, over, path, problems)
         moved = {key: merged.items[key] for key in over.items if key in merged.items}
         kept = {key: value for key, value in merged.items.items() if key not in moved}
         return MappingValue({**moved, **kept} if goes_first else {**kept, **moved}, base.place, base.tag)
-    kind = "list" if isinstance(addition, ListValue) else "mapping" if isinstance(addition, MappingValue) else "scalar"
+    kind = "list" if isinstance(over, ListValue) else "mapping" if isinstance(over, MappingValue) else "scalar"
     there = "nothing" if base is None else f"what stands at {base.place}"
     fix = "it joins a list to a list, or a mapping to a mapping"
     problems.add(over.place, f"!{over.tag.name} cannot join a {kind} to {there}", fix=fix)
-    return addition if base is None else base
+    return over.retagged(None) if base is None else base
+
+
+def _joinable(base: Value | None, over: Value) -> Value | None:
+    """What is joined to: nothing, null and a node without arguments are empty, of the kind that `over` is."""
+    is_empty = isinstance(base, Scalar) and base.content is None and (base.tag is None or base.is_call)
+    if base is not None and not is_empty:
+        return base
+    place, tag = (over.place, None) if base is None or base.tag is None else (base.place, base.tag)
+    if isinstance(over, ListValue):
+        return ListValue([], place, tag)
+    return MappingValue({}, place, tag) if isinstance(over, MappingValue) else base
 
 
 def _fresh(value: Value, path: Path, problems: Collector) -> Value:

@@ -1,6 +1,6 @@
 """`key.path=value`: the same merge as a child file's, for one place, from the command line or a Python call."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from forgather.config.merge import merge
 from forgather.config.names import did_you_mean
@@ -35,12 +35,19 @@ def python_overrides(values: Mapping[str, object]) -> list[tuple[str, Value]]:
     return made
 
 
-def apply_override(tree: MappingValue, path: str, value: Value, problems: Collector) -> MappingValue:
-    """`tree` with `value` merged in at `path`."""
+def apply_override(
+    tree: MappingValue, path: str, value: Value, problems: Collector, parameters: Collection[str] = ()
+) -> MappingValue:
+    """`tree` with `value` merged in at `path`; `parameters` are names that lie elsewhere, to say so."""
     try:
         steps = parse_path(path)
     except ValueError as error:
         problems.add(value.place, str(error), fix='write key.path=value, as in main.steps=50 or rules["a.b"]=1')
+        return tree
+    name = str(steps[1 if steps[0].key == "args" and len(steps) > 1 else 0].key)
+    if name in parameters:
+        fix = f"give it by --{name.replace('_', '-')} VALUE, in Python and in a !project by args"
+        problems.add(value.place, f"{name!r} is a parameter, and words override targets", fix=fix)
         return tree
     made: Value | None = tree
     with problems.collecting():
@@ -67,9 +74,12 @@ class _Override:
         if holder is None or isinstance(key, int):
             raise problem(self.value.place, f"{format_path(done)!r} has no part {key!r}: {_described(here)}")
         if here.tag is not None and here.tag.name == "project":
-            rest = self._into_project(key, rest, done)
+            if key == "set":
+                return self._into_set(holder, rest, done)
+            self._refuse_unknown_part(key, done)
             is_open = True
         child = holder.get(key)
+        is_open = is_open or here.place.line == 0  # a mapping that another word made
         if child is None and not (is_open or here.is_call):
             where = f" in {format_path(done)!r}" if done else ""
             fix = did_you_mean(key, holder.items, what="known here")
@@ -84,15 +94,18 @@ class _Override:
             items[holder.key(key) if key in holder else Key(key, self.value.place)] = made
         return MappingValue(items, holder.place, holder.tag)
 
-    def _into_project(self, key: str, rest: tuple[Step, ...], done: Keys) -> tuple[Step, ...]:
-        """The steps below a project node: what follows `set` is one path, checked against the other project's tree."""
+    def _refuse_unknown_part(self, key: str, done: Keys) -> None:
         if key not in PROJECT_KEYS:
             inside = format_path((*done, "set", key))
             fix = f"{did_you_mean(key, PROJECT_KEYS, what='its keys')}; an override inside it is {inside}=VALUE"
             raise problem(self.value.place, f"the project {format_path(done)!r} has no {key!r}", fix=fix)
-        if key == "set" and rest:
-            return (Step(format_path(each.key for each in rest), is_dotted=False),)
-        return rest
+
+    def _into_set(self, project: MappingValue, rest: tuple[Step, ...], done: Keys) -> Value | None:
+        """What follows `set` is one path, checked against the other project's tree; merging knows what `set` is."""
+        place, value = self.value.place, self.value
+        if rest:
+            value = MappingValue({Key(format_path(each.key for each in rest), place): value}, place)
+        return merge(project, MappingValue({Key("set", place): value}, place), done, self.problems)
 
     def _into_list(self, here: ListValue, index: int, rest: tuple[Step, ...], done: Keys) -> Value:
         count = len(here.items)

@@ -74,7 +74,7 @@ class Namespace:
                 fix = did_you_mean(name, config.declarations, what="its parameters")
                 problems.add(argument.place, f"{config.path.name} has no parameter {name!r}", fix=fix)
         for path, value in self.overrides:
-            self.tree = apply_override(self.tree, path, value, problems)
+            self.tree = apply_override(self.tree, path, value, problems, config.declarations)
         for name, node in self.given.items():
             if name not in self.tree:
                 fix = did_you_mean(name, self.tree, what="its targets")
@@ -109,6 +109,13 @@ class Namespace:
                 value = self.plain_at(("args", name, "default"), declaration.default, "a parameter's default")[0]
         value = accept(declaration, value, place)
         return self.resolve_path(place, value) if declaration.type == "path" and isinstance(value, str) else value
+
+    def parameter_place(self, name: str) -> Place | None:
+        """Where the value of a parameter was written: a flag, a `!project`, or the last file that says it."""
+        if name in self.arguments:
+            return self.arguments[name].place
+        default = self.config.declarations[name].default
+        return None if default is None else default.place
 
     def resolve_path(self, place: Place, text: str) -> str:
         """A path as text: relative to where it was written; `lib:` looks in the library."""
@@ -146,6 +153,9 @@ class Namespace:
                     known = self._make(NodeKey(self.key, path), value, scope)
             except Problems as error:
                 known = error
+            except RecursionError:
+                fix = "refer to what is meant directly"
+                known = problem(value.place, "the chain of references through this place is too long", fix=fix)
             self._nodes[path] = known
         if isinstance(known, Problems):
             raise known

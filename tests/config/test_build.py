@@ -308,10 +308,12 @@ def test_overrides_reach_into_projects(load: Load, refused: Refused):
         ("main.x=yes", "unquoted 'yes'"),
         ("main.nothing=!delete", "!delete of 'main.nothing'"),
         ("args.x=1", "nothing is called 'args'"),
+        ("args.n=1", "'n' is a parameter, and words override targets\n  fix: give it by --n VALUE"),
+        ("n=1", "'n' is a parameter, and words override targets"),
     ],
 )
 def test_words_that_are_refused(refused: Refused, word: str, said: str):
-    text = "main: !singleton:dict {plain: {y: 1}}\nxs: [1]\nalias: !ref main"
+    text = "args: {n: 1}\nmain: !singleton:dict {plain: {y: 1}}\nxs: [1]\nalias: !ref main"
     found = refused(text, words=[word])
     assert said in found
     assert found.startswith(word)
@@ -322,13 +324,14 @@ def test_words_that_fit(load: Load):
     words = [
         "main.plain.y=2",
         "main.new.deep=3",
+        "main.new.wide=4",
         "xs[-1].a=9",
         "xs[0]=!delete",
         "empty.x=1",
         "main.plain=!append {z: 3}",
     ]
     project = load(text, words=words)
-    assert project.build("main") == {"plain": {"y": 2, "z": 3}, "new": {"deep": 3}}
+    assert project.build("main") == {"plain": {"y": 2, "z": 3}, "new": {"deep": 3, "wide": 4}}
     assert project.build("xs") == [2, {"a": 9}]
     assert project.build("empty") == {"x": 1}
 
@@ -351,3 +354,48 @@ def test_types_as_parameters_through_another_project(load: Load, tmp_path: Path)
     )
     assert project.build("main") == 1
     assert project.replaced(args={"kind": "b"}).build("main") == 2
+
+
+SET = "xs: [1]\nrules: {a: 1, b: 2}\nnode: !singleton:dict {x: 1}\nmain: [!ref xs , !ref rules , !ref node ]\n"
+
+
+@pytest.mark.parametrize(
+    ("parent", "child", "words", "main"),
+    [
+        ("xs: !append [2]", "{}", [], [[1, 2], {"a": 1, "b": 2}, {"x": 1}]),
+        ("rules.a: !delete", "{}", [], [[1], {"b": 2}, {"x": 1}]),
+        ("rules: !replace {c: 3}", "{}", [], [[1], {"c": 3}, {"x": 1}]),
+        ("rules: {a: !delete , c: 3}", "{}", [], [[1], {"b": 2, "c": 3}, {"x": 1}]),
+        ("node: !patch:collections:OrderedDict {y: 2}", "{}", [], [[1], {"a": 1, "b": 2}, {"x": 1, "y": 2}]),
+        # one override over another
+        ("xs: !append [2]", "{xs: !append [3]}", [], [[1, 2, 3], {"a": 1, "b": 2}, {"x": 1}]),
+        ("xs: [2]", "{xs: !prepend [3]}", [], [[3, 2], {"a": 1, "b": 2}, {"x": 1}]),
+        ("rules: {a: 5}", "{rules: {b: 6}}", [], [[1], {"a": 5, "b": 6}, {"x": 1}]),
+        ("rules: !replace {c: 3}", "{rules: {d: 4}}", [], [[1], {"c": 3, "d": 4}, {"x": 1}]),
+        ("rules: !delete", "{rules: {d: 4}}", [], [[1], {"d": 4}, {"x": 1}]),
+        ("rules.a: !delete", "{rules.a: !delete }", [], [[1], {"a": 1, "b": 2}, {"x": 1}]),
+        # words
+        ("{}", "{}", ["p.set.xs=!append [2]", "p.set.rules.a=!delete"], [[1, 2], {"b": 2}, {"x": 1}]),
+        ("{}", "{}", ["p.set={rules: !replace {c: 3}}"], [[1], {"c": 3}, {"x": 1}]),
+    ],
+)
+def test_tags_below_set_are_the_other_projects(
+    write: Callable[..., Path], parent: str, child: str, words: list[str], main: list[object]
+):
+    files = {"other/project.yaml": "default: main", "other/configs/main.yaml": SET}
+    base = f"p: !project\n  dir: ../other\n  set:\n    {parent}\nmain: !ref p.main\n"
+    write(files, base=base, main=f"extends: base.yaml\np: {{set: {child}}}\n")
+    assert Project(".", words=words).build("main") == main
+
+
+def test_overrides_of_a_set_that_say_two_things_are_refused(write: Callable[..., Path]):
+    files = {"other/project.yaml": "default: main", "other/configs/main.yaml": SET}
+    base = "p: !project {dir: ../other, set: {xs: !append [2]}}\nmain: !ref p.main\n"
+    write(files, base=base, main="extends: base.yaml\np: {set: {xs: !prepend [3]}}\n")
+    with pytest.raises(ConfigError, match=r"^configs/main.yaml:2:15: !prepend cannot join the override at"):
+        Project(".")
+
+
+def test_a_long_chain_of_references_is_an_error_not_a_traceback(refused: Refused):
+    text = "a0: 1\n" + "".join(f"a{number}: !ref a{number - 1}\n" for number in range(1, 500))
+    assert "the chain of references through this place is too long" in refused("main: !ref a499\n" + text)

@@ -56,6 +56,15 @@ def merged(base: str, over: str) -> tuple[Any, list[str]]:
         ("{}", "{a: {x: 1}}", {"a": {"x": 1}}),
         ("{a: 3}", "{a: {x: 1}}", {"a": {"x": 1}}),
         ("{a: [3]}", "{a: {x: 1}}", {"a": {"x": 1}}),
+        # joined mappings hold merge tags of their own; a node without arguments is an empty one
+        ("{a: {x: 1, y: 2}}", "{a: !append {x: !delete , z: 3}}", {"a": {"y": 2, "z": 3}}),
+        (
+            "{a: {x: !factory:f {p: 1}, y: 2}}",
+            "{a: !append {x: !patch:g {q: 2}}}",
+            {"a": {"y": 2, "x": ("!factory:g", {"p": 1, "q": 2})}},
+        ),
+        ("{a: !factory:f }", "{a: !append [1]}", {"a": ("!factory:f", [1])}),
+        ("{a: !factory:f }", "{a: !prepend {x: 1}}", {"a": ("!factory:f", {"x": 1})}),
         # anything with a tag, a scalar, a list: replaced
         ("{a: {x: 1}}", "{a: !singleton:f {y: 1}}", {"a": ("!singleton:f", {"y": 1})}),
         ("{a: !singleton:f {x: 1}}", "{a: !singleton:f {y: 1}}", {"a": ("!singleton:f", {"y": 1})}),
