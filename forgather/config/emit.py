@@ -81,7 +81,7 @@ class _Emitter:
         self.bound = params | set(inputs)
         self.names = {*dir(builtins), *keyword.kwlist, *self.bound, FUNCTION_NAME, "functools", "math", "os"}
         self.names |= {"sys", "importlib", "builtins", "_load_file", "value"}
-        self.modules: set[str] = set()
+        self.modules: dict[str, str] = {}
         self.symbols: dict[tuple[str, str], str] = {}
         self.import_lines: list[str] = []
         self.file_lines: list[str] = []
@@ -95,8 +95,8 @@ class _Emitter:
         layouts = [code.layout for code in codes]
         result = layouts[0] if len(layouts) == 1 else Bracket("[", tuple(Item("", each) for each in layouts), "]")
         if self.file_lines:
-            self.modules |= {"sys", "importlib.util"}
-        parts = [f"import {name}" for name in sorted(self.modules)]
+            self.modules |= {name: f"import {name}" for name in ("sys", "importlib.util")}
+        parts = [self.modules[name] for name in sorted(self.modules)]
         imports = [*parts, *([""] if parts and self.import_lines else []), *sorted(self.import_lines)]
         head = "\n".join(imports) + ("\n\n" if imports else "")
         files = f"{_LOAD_FILE}\n" + "\n".join(self.file_lines) + "\n\n" if self.file_lines else ""
@@ -206,15 +206,15 @@ class _Emitter:
                 positional.append(Item("", code.layout))
             elif name == "*":
                 positional.append(Item("*", code.layout))
-            elif name.isidentifier() and not keyword.iskeyword(name):
+            elif _is_keyword_argument(name):
                 keywords.append(Item(f"{name}=", code.layout))
             else:
                 keywords.append(Item(f"**{{{name!r}: ", code.layout, "}"))
         callee = self._symbol(node.spec)
         items = (*positional, *keywords)
         if node.kind == "partial":
-            self.modules.add("functools")
-            return Code(Bracket("functools.partial(", (Item("", callee), *items), ")"), is_pure=False)
+            partial = f"{self._module('functools')}.partial("
+            return Code(Bracket(partial, (Item("", callee), *items), ")"), is_pure=False)
         return Code(Bracket(f"{callee}(", items, ")"), is_pure=False)
 
     def _container(self, node: Container, block: Block) -> Code:
@@ -289,22 +289,28 @@ class _Emitter:
 
     def _function_call(self, expression: Expression, name: str, arguments: list[ast.expr]) -> ast.expr:
         if name == "path":
-            self.modules.add("os.path")
+            paths = self._module("os.path")
             folder = ast.Constant(str(expression.place.folder))
-            joined = ast.Call(_parsed("os.path.join"), [folder, *arguments], [])
-            return ast.Call(_parsed("os.path.normpath"), [joined], [])
+            joined = ast.Call(_parsed(f"{paths}.join"), [folder, *arguments], [])
+            return ast.Call(_parsed(f"{paths}.normpath"), [joined], [])
         python, module = PYTHON_FUNCTIONS[name]
-        if module is not None:
-            self.modules.add(module)
-        return ast.Call(_parsed(python if module else self._builtin(python)), arguments, [])
+        called = self._builtin(python) if module is None else f"{self._module(module)}.{python}"
+        return ast.Call(_parsed(called), arguments, [])
 
     # Names
 
     def _builtin(self, name: str) -> str:
-        if name not in self.bound:
+        return f"{self._module('builtins')}.{name}" if name in self.bound else name
+
+    def _module(self, name: str) -> str:
+        """What a module is called in the code: its own name, unless a parameter has it."""
+        head = name.partition(".")[0]
+        if head not in self.bound:
+            self.modules[name] = f"import {name}"
             return name
-        self.modules.add("builtins")
-        return f"builtins.{name}"
+        if name not in self.modules:
+            self.modules[name] = f"import {name} as {self._name(head)}"
+        return self.modules[name].rpartition(" ")[2]
 
     def _symbol(self, spec: Spec) -> str:
         head, dot, tail = spec.symbol.partition(".")
@@ -338,6 +344,11 @@ def _indented(text: str) -> str:
 
 def _parsed(text: str) -> ast.expr:
     return ast.parse(text, mode="eval").body
+
+
+def _is_keyword_argument(name: str) -> bool:
+    """Whether `f(name=...)` hands over that very name. Python normalises others, and refuses its own words."""
+    return name.isidentifier() and name.isascii() and not keyword.iskeyword(name) and name != "__debug__"
 
 
 def _tail(node: Node) -> str:

@@ -46,8 +46,8 @@ _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
 # What each function is called in emitted Python, and the module that it needs. `env` and `path` do not get there.
 PYTHON_FUNCTIONS = {
     **{name: (name, None) for name in ("min", "max", "abs", "round", "int", "float", "str", "bool", "len")},
-    **{name: (f"math.{name}", "math") for name in ("ceil", "floor", "sqrt", "log2")},
-    "join": ("os.path.join", "os.path"),
+    **{name: (name, "math") for name in ("ceil", "floor", "sqrt", "log2")},
+    "join": ("join", "os.path"),
 }
 _CALLABLE: dict[str, Callable[..., Any]] = {
     **{function.__name__: function for function in (min, max, abs, round, len)},
@@ -79,14 +79,19 @@ class Expression:
     def __init__(self, text: str, place: Place) -> None:
         self.text = text
         self.place = place
+        self.chains: list[Chain] = []
+        self.calls: list[tuple[str, ast.Call]] = []
         try:
             self.root = ast.parse(text.strip(), mode="eval").body
+            self._admit(self.root)
         except (SyntaxError, ValueError) as error:
             said = error.msg if isinstance(error, SyntaxError) else str(error)
             raise problem(place, f"${{{text}}}: {said}", fix="write an expression as in Python") from None
-        self.chains: list[Chain] = []
-        self.calls: list[tuple[str, ast.Call]] = []
-        self._admit(self.root)
+        except (RecursionError, MemoryError):  # both are what Python's parser says of too much nesting
+            shown = text if len(text) < 60 else f"{text[:57]}..."
+            raise problem(
+                place, f"${{{shown}}} is nested too deeply", fix="give its parts names of their own"
+            ) from None
 
     def _admit(self, node: ast.expr) -> None:
         """Collects chains in the order in which they are written; refuses what is not allowed."""
@@ -160,8 +165,16 @@ class _Evaluation:
     def run(self) -> Any:
         try:
             return self.value(self.expression.root)
-        except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
-            said = f"no key {error}" if isinstance(error, KeyError) else str(error)
+        except (
+            TypeError,
+            ValueError,
+            ArithmeticError,
+            LookupError,
+            AttributeError,
+            MemoryError,
+            RecursionError,
+        ) as error:
+            said = f"no key {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
             place, text = self.expression.place, self.expression.text
             fix = "check the operands"
             if isinstance(error, AttributeError) and self.is_late:
@@ -288,7 +301,11 @@ def split_template(text: str, place: Place) -> list[str | Expression]:
             continue
         end = _closing_brace(text, found + 2)
         if end is None:
-            raise problem(place, f"no }} ends {text[found : found + 40]!r}", fix="write $${ for the text ${")
+            raise problem(
+                place,
+                f"no }} ends {text[found : found + 40]!r}",
+                fix="quote a value that holds ' #'; $${ is the text ${",
+            )
         literal += text[position:found]
         if literal:
             parts.append(literal)

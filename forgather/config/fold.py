@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from forgather.config.expressions import Chain, Expression, split_template
 from forgather.config.names import did_you_mean
 from forgather.config.nodes import Constant, Node, NodeKey, Reference, Scope, Template, Used
-from forgather.config.plain import NotPlainError, plain_value
+from forgather.config.plain import NotPlainError, is_plain, plain_value
 from forgather.config.problems import Problems, problem
 from forgather.config.tree import Place, Plain, Scalar
 
@@ -43,6 +43,10 @@ def fold(namespace: "Namespace", key: NodeKey, value: Scalar, scope: Scope | Non
         return values[chain]
 
     folded = [part if isinstance(part, str) else part.evaluate(meaning, namespace.resolve_path) for part in parts]
+    for each in folded:
+        if not is_plain(each):
+            kind = "dict with keys that are no text" if isinstance(each, dict) else type(each).__name__
+            raise problem(value.place, f"the expression gave a {kind}", fix="an expression computes plain data")
     whole = folded[0] if len(folded) == 1 else "".join(str(each) for each in folded)
     return Constant(key, value.place, scope, whole, frozenset(used))
 

@@ -171,3 +171,26 @@ def test_parameters_that_reach_code_are_refused_wherever_they_come_from(load: Lo
     frozen = project.code("model", inputs=["hf"], freeze=["width", "kind", "other"])
     assert run(frozen, SimpleNamespace(width=10)) == {"direct": 5, "through": 10, "kind": {}, "late": 14, "nested": [1]}
     assert run(project.code("model")) == project.build("model")
+
+
+def test_parameters_named_like_what_the_code_imports(load: Load):
+    project = load(
+        """
+        math: {x: 4.0}
+        inner: !function
+          params: [os, functools, builtins, dict]
+          result: ["${join(os, 'a')}", !partial:dict {k: "${ceil(functools)}"}, "${sqrt(math.x)}"]
+        main: !singleton:list [["${sqrt(math.x)}", !ref inner ]]
+        """
+    )
+    given = SimpleNamespace(x=9.0)
+    built, emitted = project.build("main", given={"math": given}), run(project.code("main", inputs=["math"]), given)
+    assert emitted[0] == built[0] == 3.0
+    for function in (built[1], emitted[1]):
+        joined, partial, root = function("b", 1.5, None, None)
+        assert (joined, partial(), root) == ("b/a", {"k": 2}, 3.0)
+
+
+def test_keywords_that_python_does_not_take_as_they_are(load: Load):
+    project = load("main: !singleton:dict {__debug__: 1, class: 2, '\ufb01': 3, é: 4}\n")
+    assert run(project.code("main")) == project.build("main") == {"__debug__": 1, "class": 2, "\ufb01": 3, "é": 4}

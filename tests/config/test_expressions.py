@@ -180,3 +180,19 @@ def test_config_and_project_are_known(refused: Callable[..., str]):
     said = refused("a: ${project.nmae}\nb: !ref project.name")
     assert "nothing is called 'project.nmae'\n  fix: did you mean 'project.name'?" in said
     assert "'project' is known in expressions alone" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('"a".upper', "the expression gave a builtin_function_or_method"),
+        ("{1: 2}", "the expression gave a dict with keys that are no text"),
+        ("-" * 3000 + "1", "is nested too deeply"),
+        ("1+" * 3000 + "1", "is nested too deeply"),
+        ("[0] * 10 ** 18", "has no value: MemoryError"),
+    ],
+)
+def test_what_is_no_plain_data_or_too_much_is_told_with_its_place(load: Callable[..., Project], text: str, said: str):
+    with pytest.raises(ConfigError, match=r"^configs/main.yaml:1:7: ") as caught:
+        load(f"main: '${{{text}}}'\n").build("main")
+    assert said in str(caught.value)
