@@ -5,6 +5,7 @@ parameters, everything else is a target.
 """
 
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from forgather.config.files import find_reference
 from forgather.config.merge import merge
 from forgather.config.names import did_you_mean, is_near, why_no_name
 from forgather.config.parameters import Declaration, declare
-from forgather.config.problems import Collector, problem
+from forgather.config.problems import Collector, Problems, problem
 from forgather.config.read import read_file
 from forgather.config.tree import Key, ListValue, MappingValue, Place, Scalar, Value, shown_path
 
@@ -100,29 +101,44 @@ class Loader:
         except type(problem(None, "")) as error:
             problems.found.extend(error.problems)
             return [path]
-        lines: list[list[Path]] = []
+        demands: list[tuple[Path, list[Path]]] = []
         for parent in reversed(document.parents):  # the later parent wins
-            lines.append(list(self._linearize(parent, library, (*chain, path), done, problems)))
-        demands = list(reversed(document.parents))
-        done[path] = [path, *_merge_orders([*lines, demands], document)]
+            demands.append((parent, self._linearize(parent, library, (*chain, path), done, problems)))
+        demands.append((path, list(reversed(document.parents))))
+        done[path] = [path, *_merge_orders(demands, document)]
         return done[path]
 
 
-def _merge_orders(lines: list[list[Path]], document: Document) -> list[Path]:
-    """C3: keeps every line's order; a file comes after all that override it. Raises Problems when two disagree."""
-    lines = [line for line in map(list, lines) if line]
+def _merge_orders(demands: list[tuple[Path, list[Path]]], document: Document) -> list[Path]:
+    """C3: keeps every line's order; a file comes after all that override it. Raises Problems when two disagree.
+
+    `demands` are lines of files, the strongest first, each with the file that asks for it.
+    """
+    lines = [line for _, line in demands if line]
     order: list[Path] = []
     while lines:
         head = next((line[0] for line in lines if not any(line[0] in other[1:] for other in lines)), None)
         if head is None:
-            first = lines[0][0]
-            against = next(line for line in lines if first in line[1:])
-            a, b = shown_path(first), shown_path(against[0])
-            message = f"no order of the files is consistent: one demand puts {a} over {b}, another {b} over {a}"
-            raise problem(document.place, message, fix="write the parents in extends in the other order")
+            raise _inconsistent(demands, document)
         order.append(head)
         lines = [rest for line in lines if (rest := [each for each in line if each != head])]
     return order
+
+
+def _inconsistent(demands: list[tuple[Path, list[Path]]], document: Document) -> Problems:
+    for one, line in demands:
+        for other, against in demands:
+            pair = next(
+                ((a, b) for a, b in combinations(line, 2) if b in against and a in against[against.index(b) :]), None
+            )
+            if pair is not None:
+                a, b, one_, other_ = map(shown_path, (*pair, one, other))
+                message = f"no order of the files is consistent: {one_} puts {a} over {b}, and {other_} {b} over {a}"
+                fix = "write the parents in extends in the other order"
+                if document.path not in (one, other):
+                    fix = "let both extend them in one order: the later parent wins"
+                return problem(document.place, message, fix=fix)
+    return problem(document.place, "no order of the files is consistent with all that they extend")
 
 
 def _split(path: Path, library: tuple[Path, ...]) -> Document:
@@ -170,7 +186,9 @@ def _parents(value: Value | None, library: tuple[Path, ...], problems: Collector
             continue
         with problems.collecting():
             parent = find_reference(item.content, item.place, library)
-            if parent in parents:
+            if parent.is_dir():
+                problems.add(item.place, f"{item.content!r} is a folder", fix="extends takes the path of a file")
+            elif parent in parents:
                 problems.add(item.place, f"{item.content!r} is extended twice", fix="remove one of them")
             else:
                 parents.append(parent)

@@ -10,8 +10,11 @@ RESERVED = frozenset(["project", "config", "env", "args", "extends", "descriptio
 EXPRESSION_WORDS = frozenset(["null", "true", "false"])
 
 
-def distance(a: str, b: str) -> int:
-    """Edits that turn one into the other: insert, delete, replace, or swap two neighbours."""
+def distance(a: str, b: str, limit: int | None = None) -> int:
+    """Edits that turn one into the other: insert, delete, replace, or swap two neighbours.
+
+    More than `limit` are not counted to the end: any number above it may come out.
+    """
     before: list[int] = []
     row = list(range(len(b) + 1))
     for i, left in enumerate(a, 1):
@@ -21,6 +24,8 @@ def distance(a: str, b: str) -> int:
             if i > 1 and j > 1 and left == b[j - 2] and a[i - 2] == right:
                 cost = min(cost, last[j - 2] + 1)
             row.append(cost)
+        if limit is not None and min(row) > limit:
+            return limit + 1
     return row[-1]
 
 
@@ -29,7 +34,11 @@ def is_near(a: str, b: str) -> bool:
     if a.strip("0123456789") == b.strip("0123456789"):
         return False
     limit = max(1, min(len(a), len(b)) // 4)
-    return abs(len(a) - len(b)) <= limit and distance(a.lower(), b.lower()) <= limit
+    if abs(len(a) - len(b)) > limit:
+        return False
+    a, b = a.lower(), b.lower()
+    # An edit changes at most one letter on either side. This costs a hundredth of counting the edits.
+    return len(set(a) ^ set(b)) <= 2 * limit and distance(a, b, limit) <= limit
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
@@ -54,7 +63,7 @@ def did_you_mean(name: str, known: Iterable[str], *, what: str = "known") -> str
     if guess is not None:
         return f"did you mean {guess!r}?"
     if not known:
-        return f"nothing is {what} here"
+        return "there are none here"
     shown = ", ".join(sorted(known)[:12])
     return f"{what}: {shown}" + (", ..." if len(known) > 12 else "")
 

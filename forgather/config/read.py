@@ -184,6 +184,13 @@ class _Reader:
 
     def _syntax(self, error: yaml.YAMLError) -> Any:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+        start = getattr(error, "context_mark", None)
+        if start is not None and getattr(error, "context", None) == "while scanning a quoted scalar":
+            return problem(
+                self._at(start.line, start.column),
+                "YAML: a quoted text that does not end",
+                fix="close the quote; a quote inside of '...' is written twice",
+            )
         if mark is None:  # a character that YAML does not allow, met before parsing
             position = getattr(error, "position", 0)
             before = self.text[:position]
@@ -215,6 +222,6 @@ class _Reader:
             fix = "check the indentation, and quote text that holds ': '"
         elif "tab character" in said or "\t" in line:
             fix = "indent with blanks, not tabs"
-        elif line.lstrip()[:1] in "@`%" or after[:1] in tuple("@`%"):
+        elif line.lstrip().startswith(("@", "`", "%")) or after.startswith(("@", "`", "%")):
             fix = "quote text that begins with one of @ ` %"
         return problem(place, f"YAML: {said}", fix=fix)

@@ -17,6 +17,7 @@ _WORDS = {"yes": "true", "no": "false", "on": "true", "off": "false", "y": "true
 _GROUPED = re.compile(
     r"[-+]?([0-9][0-9_]*_[0-9_]*(\.[0-9_]*)?([eE][-+]?[0-9]+)?|0x[0-9a-fA-F_]*_[0-9a-fA-F_]*|[0-9]+\.[0-9]*_[0-9_]*)"
 )
+_OTHER_BASE = re.compile(r"[-+]?0b[01_]*[01]|[-+]0x[0-9a-fA-F_]*[0-9a-fA-F]")
 _SEXAGESIMAL = re.compile(r"[-+]?[0-9]+(:[0-5]?[0-9])+(\.[0-9_]*)?")
 _DATE = re.compile(r"[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}([Tt ].*)?")
 
@@ -53,6 +54,9 @@ def read_plain(text: str) -> Plain:
     if _GROUPED.fullmatch(text):
         plain = text.replace("_", "")
         raise AmbiguousScalarError(f"unquoted {text} is text or a number", f"write {plain}, or '{text}' for text")
+    if _OTHER_BASE.fullmatch(text):
+        number = int(text.replace("_", ""), 0)
+        raise AmbiguousScalarError(f"unquoted {text} is text or a number", f"write {number}, or '{text}' for text")
     if _SEXAGESIMAL.fullmatch(text):
         raise AmbiguousScalarError(f"unquoted {text} is text or a number to base 60", f"write '{text}' for text")
     if _DATE.fullmatch(text):

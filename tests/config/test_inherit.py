@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from time import process_time
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -114,3 +115,35 @@ def test_a_new_root_mapping_of_nearly_a_known_name(write: Write, main: str, is_r
             Project(".")
     else:
         Project(".")
+
+
+def test_the_files_that_demand_an_order_are_named(write: Write):
+    write(
+        a="x: 1",
+        b="x: 2",
+        c="extends: [a.yaml, b.yaml]",
+        d="extends: [b.yaml, a.yaml]",
+        main="extends: [c.yaml, d.yaml]",
+    )
+    said = (
+        "configs/d.yaml puts configs/a.yaml over configs/b.yaml, and configs/c.yaml configs/b.yaml over configs/a.yaml"
+    )
+    with pytest.raises(ConfigError, match=said):
+        Project(".")
+
+
+def test_a_folder_is_no_parent(write: Write):
+    write(main="extends: .")
+    with pytest.raises(ConfigError, match=r"^configs/main.yaml:1:10: '.' is a folder"):
+        Project(".")
+
+
+def test_many_new_targets_are_compared_with_many_known_ones_in_no_time(write: Write):
+    write(
+        base="".join(f"target_number_{number}: {{a: 1}}\n" for number in range(300)),
+        main="extends: base.yaml\n" + "".join(f"quite_another_{number}: {{a: 1}}\n" for number in range(300)),
+    )
+    start = process_time()
+    Project(".")
+    # Counting all the edits of all the pairs takes more than ten seconds.
+    assert process_time() - start < 2

@@ -54,7 +54,7 @@ def test_every_key_and_value_knows_its_place():
         ("=", "="),
         ("2024-01", "2024-01"),
         ("1e", "1e"),
-        ("0b1", "0b1"),
+        ("0b2", "0b2"),
         ("a_1", "a_1"),
         ("4_layers", "4_layers"),
     ],
@@ -69,7 +69,8 @@ def test_nan():
 
 
 @pytest.mark.parametrize(
-    "text", ["yes", "No", "ON", "off", "y", "N", "1_000", "0x_ff", "1_0.5", "12:30", "1:2:3", "2024-1-2"]
+    "text",
+    ["yes", "No", "ON", "off", "y", "N", "1_000", "0x_ff", "1_0.5", "12:30", "1:2:3", "2024-1-2", "0b11", "-0xff"],
 )
 def test_what_yaml_1_1_reads_differently_is_refused_unless_quoted(text: str):
     with pytest.raises(AmbiguousScalarError) as caught:
@@ -147,3 +148,11 @@ def test_a_file_that_is_not_utf8(tmp_path: Path):
         read_file(tmp_path / "f.yaml")
     with pytest.raises(Problems, match="cannot read"):
         read_file(tmp_path / "absent.yaml")
+
+
+def test_a_quote_that_does_not_end_is_told_where_it_begins():
+    with pytest.raises(Problems, match=r"^f:2:4: YAML: a quoted text that does not end\n  fix: close the quote"):
+        read("a: 1\nb: 'text\nc: 2\n", "f")
+    with pytest.raises(Problems) as caught:
+        read("a: {b: 1\n", "f")
+    assert "quote text that begins" not in str(caught.value)
