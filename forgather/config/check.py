@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from forgather.config.files import shipped_configs
-from forgather.config.nodes import Call, Node, Symbol, walk
+from forgather.config.nested import projects
+from forgather.config.nodes import Call, KeyPath, Node, Symbol, walk
 from forgather.config.problems import Collector, Problem
 from forgather.config.signatures import bind
 from forgather.config.specs import import_spec
+from forgather.config.tree import MappingValue, Value
 
 if TYPE_CHECKING:
     from forgather.config.resolve import Namespace
@@ -37,11 +39,7 @@ def check_config(namespace: "Namespace") -> list[Problem]:
     problems = Collector()
     roots: list[Node] = []
     for name, value in namespace.tree.items.items():
-        with problems.collecting():
-            if value.tag is not None and value.tag.name == "project":
-                namespace.instance((str(name),), value, None)
-            else:
-                roots.append(namespace.target(name))
+        _resolve((str(name),), value, namespace, roots, problems)
     for parameter, declaration in namespace.config.declarations.items():
         if parameter in namespace.arguments or declaration.default is not None:
             with problems.collecting():
@@ -60,6 +58,24 @@ def check_config(namespace: "Namespace") -> list[Problem]:
         for name, declaration in namespace.config.declarations.items()
         if name not in namespace.read_parameters
     ]
+
+
+def _resolve(path: KeyPath, value: Value, namespace: "Namespace", roots: list[Node], problems: Collector) -> None:
+    """Adds the nodes of a target to `roots`. A private mapping may hold projects to choose from: no objects."""
+    with problems.collecting():
+        if value.tag is not None and value.tag.name == "project":
+            namespace.instance(path, value, None)
+        elif _is_choice(path, value):
+            assert isinstance(value, MappingValue), "a choice is a mapping"
+            for key, item in value.items.items():
+                _resolve((*path, str(key)), item, namespace, roots, problems)
+        else:
+            roots.append(namespace.node(path, value, None))
+
+
+def _is_choice(path: KeyPath, value: Value) -> bool:
+    is_mapping = isinstance(value, MappingValue) and value.tag is None
+    return is_mapping and str(path[0]).startswith("_") and any(projects(path, value))
 
 
 def _is_private(module: str, symbol: str) -> bool:

@@ -1,7 +1,7 @@
 """What a config takes from whole configs: `!project`, another as a namespace; `!code`, one target as Python."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from forgather.config.context import Supplied
@@ -137,6 +137,18 @@ class _Arguments:
             plain = self.plain(path, value.retagged(None), "an override of another project")
             return literal(plain, value.place).retagged(value.tag)
         return value
+
+
+def projects(path: KeyPath, value: Value) -> Iterator[tuple[KeyPath, Value]]:
+    """The `!project` nodes of a tree."""
+    if value.tag is not None and value.tag.name == "project":
+        yield path, value
+    elif isinstance(value, MappingValue):
+        for name, item in value.items.items():
+            yield from projects((*path, str(name)), item)
+    elif isinstance(value, ListValue):
+        for index, item in enumerate(value.items):
+            yield from projects((*path, index), item)
 
 
 def code_text(outer: "Namespace", key: NodeKey, value: Value) -> tuple[str, frozenset[Used]]:

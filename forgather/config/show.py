@@ -1,10 +1,11 @@
 """The resolved configuration as text: for reading and for `diff`. Not meant to be read back in."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from forgather.config.nodes import Constant, KeyPath, Scope
+from forgather.config.nested import projects
+from forgather.config.nodes import Constant, KeyPath, Scope, Used
 from forgather.config.paths import format_path
 from forgather.config.reach import reference_steps
 from forgather.config.scalars import AmbiguousScalarError, read_plain
@@ -17,16 +18,15 @@ if TYPE_CHECKING:
 def show(namespace: "Namespace", targets: list[str], *, with_args: bool, origin: bool) -> str:
     """The targets as YAML, expressions replaced by their values where they have one before building.
 
-    With `origin` each line ends in the place that it was written at. Raises Problems.
+    With `origin` each line ends in the place that it was written at and, behind `<-`, where the parameters that its
+    expression reads got their values. Raises Problems.
     """
     printer = _Printer(namespace)
     if with_args and namespace.config.declarations:
         printer.line("args:", None, 0)
         for name in namespace.config.declarations:
-            supplied = namespace.arguments.get(name)
-            default = namespace.config.declarations[name].default
-            place = supplied.place if supplied else default.place if default else None
-            printer.value(("args", name), str(name), literal(namespace.value(name), place or Place("")), 1, None)
+            place = namespace.parameter_place(name) or Place("")
+            printer.value(("args", name), str(name), literal(namespace.value(name), place), 1, None)
     for name in targets:
         printer.value((name,), name, namespace.tree.items[namespace.tree.key(name)], 0, None)
     return printer.text(origin)
@@ -34,74 +34,83 @@ def show(namespace: "Namespace", targets: list[str], *, with_args: bool, origin:
 
 def digest(namespace: "Namespace") -> str:
     """A hash of the resolved config and of every other project that it names."""
+    return _digest(namespace, set())
+
+
+def _digest(namespace: "Namespace", told: set[str]) -> str:
+    told.add(namespace.key)
     names = [str(name) for name in namespace.tree]
     texts = [str(namespace.config.path.name), show(namespace, names, with_args=True, origin=False)]
-    for path, value in _projects((), namespace.tree):
-        texts.append(digest(namespace.instance(path, value, None)))
+    for path, value in projects((), namespace.tree):
+        other = namespace.instance(path, value, None)
+        if other.key not in told:  # projects may name one another
+            texts.append(_digest(other, told))
     return hashlib.blake2b("\0".join(texts).encode(), digest_size=16).hexdigest()
-
-
-def _projects(path: KeyPath, value: Value) -> Iterator[tuple[KeyPath, Value]]:
-    """The `!project` nodes of a tree."""
-    if value.tag is not None and value.tag.name == "project":
-        yield path, value
-    elif isinstance(value, MappingValue):
-        for name, item in value.items.items():
-            yield from _projects((*path, str(name)), item)
-    elif isinstance(value, ListValue):
-        for index, item in enumerate(value.items):
-            yield from _projects((*path, index), item)
 
 
 class _Printer:
     def __init__(self, namespace: "Namespace") -> None:
         self.namespace = namespace
-        self.lines: list[tuple[str, Place | None]] = []
+        self.lines: list[tuple[str, str]] = []
 
-    def line(self, text: str, place: Place | None, depth: int) -> None:
-        self.lines.append(("  " * depth + text, place))
+    def line(self, text: str, place: Place | None, depth: int, used: Iterable[Used] = ()) -> None:
+        origin = str(place or "")
+        sources = self.sources(used)
+        self.lines.append(("  " * depth + text, f"{origin} <- {', '.join(sources)}" if sources else origin))
 
     def text(self, origin: bool) -> str:
         if not origin:
             return "".join(f"{text}\n" for text, _ in self.lines)
         width = min(72, max((len(text) for text, _ in self.lines), default=0))
-        return "".join(f"{text:<{width}}  # {place}\n" if place else f"{text}\n" for text, place in self.lines)
+        return "".join(f"{text:<{width}}  # {origin_}\n" if origin_ else f"{text}\n" for text, origin_ in self.lines)
+
+    def sources(self, used: Iterable[Used]) -> list[str]:
+        """The places that gave the parameters their values, each once."""
+        found: dict[str, None] = {}
+        for each in sorted(used, key=lambda each: (each.place, each.namespace, each.name)):
+            namespace = self.namespace
+            if each.namespace != namespace.key:
+                namespace = namespace.context.instances[each.namespace]
+            found[str(namespace.parameter_place(each.name))] = None
+        return list(found)
 
     def value(self, path: KeyPath, key: str | None, value: Value, depth: int, scope: Scope | None) -> None:
         """One value behind `key:`, or behind a dash when it is a list's item."""
-        value = self.resolved(path, value, scope)
+        value, used = self.resolved(path, value, scope)
         head = "-" if key is None else f"{key_text(key)}:"
         tag = f" {value.tag}" if value.tag else ""
         inner = self.inner_scope(path, value, scope)
         if isinstance(value, MappingValue) and value.items:
-            self.line(head + tag, value.place, depth)
+            self.line(head + tag, value.place, depth, used)
             for name, item in value.items.items():
                 below = inner if name == "result" else scope
                 self.value((*path, str(name)), str(name), item, depth + 1, below)
         elif isinstance(value, ListValue) and value.items:
-            self.line(head + tag, value.place, depth)
+            self.line(head + tag, value.place, depth, used)
             for index, item in enumerate(value.items):
                 self.value((*path, index), None, item, depth + 1, scope)
         else:
-            self.line(f"{head}{tag}{_inline(value)}", value.place, depth)
+            self.line(f"{head}{tag}{_inline(value)}", value.place, depth, used)
 
     def inner_scope(self, path: KeyPath, value: Value, scope: Scope | None) -> Scope | None:
         is_function = value.tag is not None and value.tag.name == "function"
         return self.namespace.body(path, value, scope) if is_function else scope
 
-    def resolved(self, path: KeyPath, value: Value, scope: Scope | None) -> Value:
+    def resolved(self, path: KeyPath, value: Value, scope: Scope | None) -> tuple[Value, Iterable[Used]]:
+        """The value with its expressions replaced where they can be, and the parameters that they read."""
         if not isinstance(value, Scalar) or not isinstance(value.content, str) or "${" not in value.content:
-            return value
+            return value, ()
         if value.is_literal:
-            return value
+            return value, ()
         if value.tag == Tag("ref"):
-            steps, _ = reference_steps(self.namespace, path, value, scope)
-            return Scalar(format_path(step.key for step in steps), value.place, value.tag)
-        if value.tag is None and not (path[-2:-1] == ("set",) and len(path) > 2):
+            steps, used = reference_steps(self.namespace, path, value, scope)
+            return Scalar(format_path(step.key for step in steps), value.place, value.tag), used
+        if value.tag is None:
             node = self.namespace.node(path, value, scope)
             if isinstance(node, Constant):
-                return literal(node.value, value.place)
-        return value
+                return literal(node.value, value.place), node.used
+            return value, node.used
+        return value, ()
 
 
 def _inline(value: Value) -> str:

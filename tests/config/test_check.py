@@ -147,3 +147,13 @@ def test_unused_parameters_are_listed(load: Load):
 
 def test_unreferenced_projects_are_checked_too(refused: Refused):
     assert "no project 'nowhere'" in refused("_p: !project {dir: nowhere}\nmain: 1")
+
+
+def test_projects_to_choose_from_are_checked(load: Load, refused: Refused):
+    files = {"other/project.yaml": "", "other/configs/m.yaml": "args: {n: 1}\nmain: '${n}'\n"}
+    text = "args: {kind: a}\n_p:\n  a: !project {dir: ../other}\n  b: !project {dir: ../other, args: {n: 2}}\n"
+    text += "main: !ref _p.${kind}.main\n"
+    project = load(text, files, args={"kind": "b"})
+    assert project.build("main") == 2
+    assert project.check() == []
+    assert "has no parameter 'm'" in refused(text.replace("n: 2", "m: 2"), files)

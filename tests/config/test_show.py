@@ -59,7 +59,7 @@ def test_show_tells_where_each_line_comes_from(write: Callable[..., Path]):
     shown = Project(".", args={"a": 5}, words=["main.x=3"]).show(origin=True)
     places = [line.split("# ")[-1] for line in shown.splitlines()]
     assert places == [
-        "args:", "--a", "configs/base.yaml:2:7", "main.x=3", "configs/base.yaml:2:17",
+        "args:", "--a", "configs/base.yaml:2:7", "main.x=3", "configs/base.yaml:2:17 <- --a",
     ]  # fmt: skip
 
 
@@ -117,3 +117,37 @@ def test_errors_travel_between_processes():
     again = pickle.loads(pickle.dumps(error))
     assert str(again) == str(error) == "2 problems in the configuration\n/f.yaml:1:2: wrong\n  fix: mend it\nmore"
     assert again.problems == error.problems
+
+
+def test_an_expression_tells_where_its_parameters_got_their_values(write: Callable[..., Path]):
+    other = {"other/project.yaml": "default: m", "other/configs/m.yaml": "args: {n: 1}\nmain: '${n}'\n"}
+    base = """\
+        args: {a: 1, b: 2, kind: x}
+        _k: {x: 1}
+        p: !project {dir: ../other, args: {n: 5}}
+        one: ${a}
+        two: ${a + b}
+        type: !ref _k.${kind}
+        inner: ${p.main}
+        """
+    write(other, base=base, main="extends: base.yaml\nargs: {b: 3}\n")
+    lines = Project(".", args={"a": 5}).show(origin=True).splitlines()
+    origins = {line.split(":")[0]: line.partition("# ")[2] for line in lines}
+    assert origins["one"] == "configs/base.yaml:4:6 <- --a"
+    assert origins["two"] == "configs/base.yaml:5:6 <- --a, configs/main.yaml:2:11"
+    assert origins["type"] == "configs/base.yaml:6:7 <- configs/base.yaml:1:26"
+    assert origins["inner"] == "configs/base.yaml:7:8 <- configs/base.yaml:3:39"
+
+
+def test_show_resolves_below_a_key_named_set(load: Load):
+    text = "args: {a: 1}\nmain: {set: {x: '${a}'}}\n_p: !project {dir: ., set: {main.set.x: '${a + 1}'}}\n"
+    shown = load(text, {"configs/project.yaml": "configs: ."}).show()
+    assert "    x: 1\n" in shown
+    assert "    main.set.x: 2\n" in shown
+
+
+def test_projects_that_name_one_another_have_a_digest(load: Load):
+    other = {"other/project.yaml": "default: m", "other/configs/m.yaml": "q: !project {dir: ../..}\nmain: !ref q.x\n"}
+    project = load("p: !project {dir: ../other}\nx: 1\nmain: !ref p.main\n", other)
+    assert project.build("main") == 1
+    assert project.digest != load("p: !project {dir: ../other}\nx: 2\nmain: !ref p.main\n", other).digest
