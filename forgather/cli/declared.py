@@ -52,6 +52,12 @@ class Declared:
         return values
 
 
+def _flags(parameter: Parameter) -> list[str]:
+    """What sets a parameter: a bool is switched off by a flag of its own."""
+    switches_off = [f"--no-{flag(parameter.name).removeprefix('--')}"] if parameter.type == "bool" else []
+    return [flag(parameter.name), *switches_off]
+
+
 def _describe(parameter: Parameter) -> str:
     default = "required" if parameter.is_required else f"default: {_text(parameter.default)}"
     return f"{parameter.help} ({default})".lstrip()
@@ -71,9 +77,18 @@ def _text(value: Plain) -> str:
 
 
 def refuse_reserved(project: Project) -> None:
-    """Raise when a declared parameter would hide a flag of a command that works on this kind of config."""
+    """Raise when a parameter's flag is another's too, or hides one of a command that works on this kind of config."""
     if not project.parameters:
         return
+    owners: dict[str, Parameter] = {}
+    for parameter in project.parameters.values():
+        for each in _flags(parameter):
+            other = owners.setdefault(each, parameter)
+            if other is not parameter:
+                raise ConfigError(
+                    f"{parameter.place}: parameters {other.name!r} and {parameter.name!r} would both be {each}",
+                    fix="give one of them another name",
+                )
     for command in COMMANDS:
         module = load(command)
         if not module.NEEDS_CONFIG or not all(project.has(target) for target in getattr(module, "TARGETS", ())):
@@ -84,8 +99,9 @@ def refuse_reserved(project: Project) -> None:
         for verb in parser.verbs.values():
             taken.update(verb.flags())
         for name, parameter in project.parameters.items():
-            if flag(name) in taken:
-                raise ConfigError(
-                    f"{parameter.place}: parameter {name!r} would hide {flag(name)} of `forgather {command}`",
-                    fix="give the parameter another name",
-                )
+            for each in _flags(parameter):
+                if each in taken:
+                    raise ConfigError(
+                        f"{parameter.place}: parameter {name!r} would hide {each} of `forgather {command}`",
+                        fix="give the parameter another name",
+                    )

@@ -178,3 +178,13 @@ def test_verb_help_shows_its_own_flags_and_the_shared_ones(forgather):
     assert "--documents" in text
     assert "--documents" not in forgather("dataset", "prepare", "--help").out
     assert "inspect" in forgather("dataset", "--help").out
+
+
+def test_two_parameters_with_one_flag_are_refused_with_the_place(project, forgather):
+    config = project / "configs" / "train.yaml"
+    config.write_text(config.read_text().replace("  steps: 300\n", "  steps: 300\n  no_tie: 1\n"))
+    for arguments in (["show"], ["show", "--no-tie"], ["check"]):
+        done = forgather(*arguments)
+        assert done.code == 2
+        assert "train.yaml:8:3: parameters 'no_tie' and 'tie' would both be --no-tie" in done.err
+    assert "would both be --no-tie" in forgather("show", "--help").out
