@@ -246,13 +246,18 @@ def _whole_lines(handle: Iterable[bytes], path: Path) -> Iterator[bytes]:
 
 def _split(handle: IO[bytes], separator: bytes) -> Iterator[tuple[int, bytes]]:
     """The pieces of a file between separators, each with its offset in the file."""
-    offset, buffer = 0, b""
+    offset, pending = 0, bytearray()
     while chunk := handle.read(_CHUNK):
-        *whole, buffer = (buffer + chunk).split(separator)
-        for piece in whole:
-            yield offset, piece
-            offset += len(piece) + len(separator)
-    yield offset, buffer
+        # What is pending was searched, but for a separator that begins at its end.
+        unsearched = max(0, len(pending) - len(separator) + 1)
+        pending += chunk
+        start = 0
+        while (end := pending.find(separator, unsearched)) >= 0:
+            yield offset + start, bytes(pending[start:end])
+            start = unsearched = end + len(separator)
+        del pending[:start]
+        offset += start
+    yield offset, bytes(pending)
 
 
 def _decode(data: bytes, path: Path, offset: int) -> str:

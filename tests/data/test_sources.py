@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+from time import process_time
 
 import pytest
 
@@ -37,6 +38,24 @@ def test_a_separator_cuts_a_file_into_documents(tmp_path, monkeypatch):
     monkeypatch.setattr("forgather.data.sources._CHUNK", 5)  # separators lie across chunks
     write(tmp_path, {"a.txt": "one<|end|>twö<|end|>\n<|end|>three"})
     assert list(TextFiles(tmp_path, separator="<|end|>").documents()) == ["one", "twö", "three"]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize("separator", ["aa", "aab", "-", "abab"])
+def test_pieces_do_not_depend_on_how_the_file_is_read(tmp_path, monkeypatch, chunk, separator):
+    monkeypatch.setattr("forgather.data.sources._CHUNK", chunk)
+    text = "aaab-aabab-abababab-aaaa-b-aa"
+    write(tmp_path, {"a.txt": text})
+    pieces = [piece for piece in text.split(separator) if piece]
+    assert list(TextFiles(tmp_path, separator=separator).documents()) == pieces
+
+
+def test_a_long_document_is_searched_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("forgather.data.sources._CHUNK", 16)
+    write(tmp_path, {"a.txt": "text" * 2**18})
+    start = process_time()
+    assert len(list(TextFiles(tmp_path, separator="<|end|>").documents())) == 1
+    assert process_time() - start < 2  # of time that grows with the square, it would be twenty times that
 
 
 def test_what_is_not_utf8_is_named_with_its_offset(tmp_path):
