@@ -14,7 +14,13 @@ import xxhash
 
 from forgather.data.once import made_once
 from forgather.data.progress import Progress
-from forgather.data.selection import mixture_shares, one_document_only, split_documents, take_tokens
+from forgather.data.selection import (
+    documents_to_train,
+    mixture_shares,
+    one_document_only,
+    split_documents,
+    take_tokens,
+)
 from forgather.data.shard_writer import SplitWriter
 from forgather.data.shards import FORMAT, MANIFEST, ShardSet, read_manifest
 from forgather.data.sources import Source
@@ -68,6 +74,7 @@ class PreparedDataset:
             "format": FORMAT,
             "name": self.name,
             "tokenizer": tokenizer_digest(self.tokenizer),
+            "padding_id": self._padding_id,
             "sources": {name: source.digest() for name, source in self.sources.items()},
             "weights": self.weights,
             "total_tokens": self.total_tokens,
@@ -132,7 +139,6 @@ class PreparedDataset:
             spool.path.unlink()
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
-        padding_id = self.tokenizer.pad_token_id
         return {
             "format": FORMAT,
             "name": self.name,
@@ -140,7 +146,7 @@ class PreparedDataset:
             "tokenizer": {
                 "digest": self.recipe["tokenizer"],
                 "vocab_size": vocab_size,
-                "padding_id": self.tokenizer.eos_token_id if padding_id is None else padding_id,
+                "padding_id": self._padding_id,
             },
             "splits": splits,
             "sources": sources,
@@ -187,12 +193,19 @@ class PreparedDataset:
             name: split_documents(spool.lengths, spool.hashes, self.validation_fraction, name)
             for name, spool in spools.items()
         }
+        trains = documents_to_train({name: spool.hashes for name, spool in spools.items()}, validates)
         sources = [
             {"name": name, "documents": len(spool.lengths), "tokens": int(spool.lengths.sum())}
             for name, spool in spools.items()
         ]
-        available = {name: int(spool.lengths[~validates[name]].sum()) for name, spool in spools.items()}
+        available = {name: int(spool.lengths[trains[name]].sum()) for name, spool in spools.items()}
         targets, warnings = self._targets(available)
+        for name, spool in spools.items():
+            if count := np.count_nonzero(neither := ~trains[name] & ~validates[name]):
+                warnings.append(
+                    f"source {name} has {count:,} documents ({spool.lengths[neither].sum():,} tokens) whose text "
+                    "validates in another source; they are left out of training"
+                )
         splits = {}
         for split in ("train", "validation") if self.validation_fraction else ("train",):
             if split == "validation":
@@ -206,12 +219,17 @@ class PreparedDataset:
                 )
             with SplitWriter(folder, split, dtype, self.shard_tokens) as writer:
                 for entry, (name, spool) in zip(sources, spools.items(), strict=True):
-                    chosen = validates[name] if split == "validation" else ~validates[name]
+                    chosen = validates[name] if split == "validation" else trains[name]
                     taken = take_tokens(spool.lengths, spool.hashes, chosen, targets[name])
                     spool.copy(taken, writer)
                     entry[split] = {"documents": int(np.count_nonzero(taken)), "tokens": targets[name]}
                 splits[split] = writer.close()
         return splits, sources, warnings
+
+    @property
+    def _padding_id(self) -> int:
+        padding_id: int | None = self.tokenizer.pad_token_id
+        return int(self.tokenizer.eos_token_id) if padding_id is None else padding_id
 
     @property
     def _takes_all(self) -> bool:

@@ -35,6 +35,17 @@ def split_documents(
     return validates
 
 
+def documents_to_train(
+    hashes: Mapping[str, NDArray[np.uint64]], validates: Mapping[str, NDArray[np.bool_]]
+) -> dict[str, NDArray[np.bool_]]:
+    """Of each source, True for the documents that train: those whose text validates in no source.
+
+    Each source has its own edge between the sides, so a text of two sources may lie below the one and above the other.
+    """
+    validating = np.concatenate([hashes[name][validates[name]] for name in hashes])
+    return {name: ~np.isin(hashes[name], validating) for name in hashes}
+
+
 def one_document_only(name: str) -> DataError:
     """The error for a source that cannot be split."""
     return DataError(

@@ -2,6 +2,7 @@
 
 import errno
 import threading
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +139,31 @@ def test_a_mixture_has_exact_shares_and_every_source_validates(tmp_path, tokeniz
     words = {text.split()[0] for text in decoded(prepared, "validation") if " " in text}
     assert words == {"many", "some", "few"}
     assert not set(decoded(prepared, "train")) & set(decoded(prepared, "validation"))
+
+
+def test_what_validates_in_one_source_is_trained_on_in_none(tmp_path, tokenizer, capsys):
+    texts(tmp_path / "shared", 100)
+    texts(tmp_path / "more", 300, word="more", length=9)
+    texts(tmp_path / "more", 100)  # the texts of the first source, again
+    sources = {"all": TextFiles(tmp_path / "more"), "part": TextFiles(tmp_path / "shared")}
+    sources["more"] = texts(tmp_path / "other", 100, word="more", length=9)
+    prepared = dataset(tmp_path / "out", tokenizer, sources, validation_fraction=0.2)
+    train, validation = set(decoded(prepared, "train")), set(decoded(prepared, "validation"))
+    assert not train & validation
+    written = {text for source in sources.values() for text in source.documents()}
+    assert train | validation == written
+    assert "whose text validates in another source; they are left out of training" in capsys.readouterr().err
+    assert any("left out of training" in warning for warning in prepared.manifest()["warnings"])
+
+
+def test_another_padding_token_makes_another_folder(tmp_path, tokenizer):
+    source = {"text": texts(tmp_path / "corpus", 10)}
+    one = dataset(tmp_path / "out", tokenizer, source)
+    changed = deepcopy(tokenizer)
+    changed.pad_token = changed.eos_token
+    other = dataset(tmp_path / "out", changed, source)
+    assert one.split("train").padding_id == tokenizer.pad_token_id
+    assert other.split("train").padding_id == tokenizer.eos_token_id
 
 
 def test_a_shortfall_is_said_and_kept(tmp_path, tokenizer, capsys):
