@@ -57,6 +57,9 @@ def find_project(start: str | Path = ".") -> Path:
         siblings = [each.name for each in folder.parent.iterdir()] if folder.parent.is_dir() else []
         near = did_you_mean(folder.name, siblings)
         raise problem(None, f"no folder {shown_path(folder)}", fix=near if near.startswith("did") else fix)
+    if folder.suffix == ".yaml" and folder.name != PROJECT_FILE and folder.is_file():
+        chosen = f"-p {shown_path(folder.parent)} -t {folder.stem}"
+        raise problem(None, f"{shown_path(folder)} is a file, and a project is a folder", fix=f"write {chosen}")
     for each in (folder, *folder.parents):
         if (each / PROJECT_FILE).is_file():
             return each

@@ -47,7 +47,10 @@ def fold(namespace: "Namespace", key: NodeKey, value: Scalar, scope: Scope | Non
         if not is_plain(each):
             kind = "dict with keys that are no text" if isinstance(each, dict) else type(each).__name__
             raise problem(value.place, f"the expression gave a {kind}", fix="an expression computes plain data")
-    whole = folded[0] if len(folded) == 1 else "".join(str(each) for each in folded)
+    try:
+        whole = folded[0] if len(folded) == 1 else "".join(str(each) for each in folded)
+    except ValueError as error:  # an int of more digits than Python writes
+        raise problem(value.place, f"the expression gave no text: {error}", fix="give a smaller number") from None
     return Constant(key, value.place, scope, whole, frozenset(used))
 
 

@@ -178,6 +178,7 @@ def generate(
     namespace: "Namespace", targets: list[str], inputs: list[str], freeze: list[str] | None, place: Place
 ) -> tuple[str, frozenset[Used]]:
     """Python that builds targets from inputs; `freeze` None freezes every parameter. Raises Problems."""
+    inputs = list(dict.fromkeys(inputs))  # each is a parameter of the code, which takes none twice
     other = namespace.giving(inputs, place)
     problems = Collector()
     roots: list[Node] = []

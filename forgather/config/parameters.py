@@ -103,7 +103,8 @@ def _declaration(known: Declaration, value: MappingValue, problems: Collector) -
             if not isinstance(item, ListValue) or not item.items:
                 problems.add(item.place, "choices must be a list of values")
                 continue
-            made = made._replace(choices=tuple(plain_data(each) for each in item.items))
+            with problems.collecting():
+                made = made._replace(choices=tuple(plain_data(each) for each in item.items))
         elif key == "help":
             made = made._replace(help=str(item.content) if isinstance(item, Scalar) and item.content else "")
         else:
@@ -118,6 +119,8 @@ def _declaration(known: Declaration, value: MappingValue, problems: Collector) -
         made = made._replace(type="yaml")
     if made.type not in (None, "int", "float") and (made.min is not None or made.max is not None):
         problems.add(known.place, f"min and max need a number, and {known.name!r} is a {made.type}")
+    if made.min is not None and made.max is not None and made.min > made.max:
+        problems.add(known.place, f"no value of {known.name!r} is at least {made.min} and at most {made.max}")
     return made
 
 

@@ -68,6 +68,8 @@ class _Reader:
         self.depth = 0
         try:
             self.parser = yaml.CLoader(text)
+        except UnicodeEncodeError:  # bytes of a command line that are no text
+            raise problem(self._at(0, 0), "this is not UTF-8", fix="write it as UTF-8") from None
         except yaml.YAMLError as error:
             raise self._syntax(error) from None
 

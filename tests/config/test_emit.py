@@ -194,3 +194,8 @@ def test_parameters_named_like_what_the_code_imports(load: Load):
 def test_keywords_that_python_does_not_take_as_they_are(load: Load):
     project = load("main: !singleton:dict {__debug__: 1, class: 2, '\ufb01': 3, é: 4}\n")
     assert run(project.code("main")) == project.build("main") == {"__debug__": 1, "class": 2, "\ufb01": 3, "é": 4}
+
+
+def test_an_input_named_twice_is_one_parameter(load: Load):
+    project = load("a: 1\nmain: [!ref a ]\ncode: !code {target: main, inputs: [a, a]}\n")
+    assert run(project.build("code"), 5) == run(project.code("main", inputs=["a", "a"]), 5) == [5]

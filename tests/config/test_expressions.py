@@ -190,6 +190,7 @@ def test_config_and_project_are_known(refused: Callable[..., str]):
         ("-" * 3000 + "1", "is nested too deeply"),
         ("1+" * 3000 + "1", "is nested too deeply"),
         ("[0] * 10 ** 18", "has no value: MemoryError"),
+        ("1}${10 ** 5000", "the expression gave no text: Exceeds the limit"),
     ],
 )
 def test_what_is_no_plain_data_or_too_much_is_told_with_its_place(load: Callable[..., Project], text: str, said: str):

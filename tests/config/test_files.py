@@ -136,3 +136,10 @@ def test_lib_names_projects_and_files(write: Write):
     assert made["p"] == 5
     assert made["f"] == 7
     assert made["words"] == made["again"] == str(Path.cwd() / "shelf/words.txt")
+
+
+def test_a_config_is_no_project_and_the_default_is_not_taken_for_it(write: Write):
+    write(main="a: 1", other="a: 2")
+    with pytest.raises(ConfigError, match=r"other.yaml is a file.*\n  fix: write -p configs -t other"):
+        find_project("configs/other.yaml")
+    assert find_project("project.yaml") == find_project(".")

@@ -143,3 +143,12 @@ def test_the_text_of_a_flag(load: Load, kind: str, text: str, value: Any):
 
 def test_text_given_for_a_parameter_is_literal(load: Load):
     assert load("args: {x: {type: str}}\nmain: ${x}", args={"x": "${y}"}).build("main") == "${y}"
+
+
+def test_all_that_is_wrong_with_declarations_is_told(refused: Refused):
+    said = refused(
+        "args: {a: {type: int, choices: [!ref x ]}, b: {type: foo}, c: {type: int, min: 5, max: 1}}\nmain: 1"
+    )
+    assert "configs/main.yaml:1:33: !ref where plain data is asked for" in said
+    assert "unknown type 'foo'" in said
+    assert "no value of 'c' is at least 5 and at most 1" in said

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from forgather.config.parameters import plain_data
 from forgather.config.problems import Problems
-from forgather.config.read import read, read_file
+from forgather.config.read import read, read_file, read_word
 from forgather.config.scalars import AmbiguousScalarError, read_plain
 from forgather.config.show import scalar_text
 from forgather.config.tree import MappingValue, Tag
@@ -156,3 +156,8 @@ def test_a_quote_that_does_not_end_is_told_where_it_begins():
     with pytest.raises(Problems) as caught:
         read("a: {b: 1\n", "f")
     assert "quote text that begins" not in str(caught.value)
+
+
+def test_a_word_that_is_no_text():
+    with pytest.raises(Problems, match="this is not UTF-8"):
+        read_word("\udcff", "a=\udcff")
