@@ -28,6 +28,7 @@ from forgather.data.spool import Spool
 from forgather.data.tokenize_pool import TokenizePool
 from forgather.data.tokenizers import backend_json, tokenizer_digest
 from forgather.errors import DataError
+from forgather.models.vocabulary import vocab_size
 
 # A process is worth its start when it has this much to do.
 _BYTES_PER_PROCESS = 4 * 2**20
@@ -127,9 +128,9 @@ class PreparedDataset:
                 )
 
     def _write(self, folder: Path) -> dict[str, Any]:
-        # Not its length: ids may have gaps, and what does not fit into a dtype would come back as another token.
-        vocab_size = 1 + max(self.tokenizer.get_vocab().values())
-        dtype = np.dtype("uint16" if vocab_size <= 2**16 else "uint32")
+        num_ids = vocab_size(self.tokenizer)
+        # What does not fit into a dtype would come back as another token.
+        dtype = np.dtype("uint16" if num_ids <= 2**16 else "uint32")
         tokenizer_json = backend_json(self.tokenizer)
         (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
 
@@ -145,7 +146,7 @@ class PreparedDataset:
             "dtype": dtype.name,
             "tokenizer": {
                 "digest": self.recipe["tokenizer"],
-                "vocab_size": vocab_size,
+                "vocab_size": num_ids,
                 "padding_id": self._padding_id,
             },
             "splits": splits,

@@ -18,6 +18,7 @@ from forgather.distributed import collectives
 from forgather.distributed.fsdp import reshard
 from forgather.errors import ModelError
 from forgather.generation.sampling import Sampler
+from forgather.models.vocabulary import vocab_size
 
 
 def generate(
@@ -37,7 +38,7 @@ def generate(
     Temperature, top_k, top_p and seed are those of `Sampler`. Raises ModelError for a prompt that fills the context.
     """
     ids = tokenizer(prompt)["input_ids"] or [_first_token(tokenizer)]
-    sampler = Sampler(temperature, top_k, top_p, seed, vocab_size=len(tokenizer))
+    sampler = Sampler(temperature, top_k, top_p, seed, vocab_size=vocab_size(tokenizer))
     new_ids = generate_ids(model, ids, sampler, max_new_tokens=max_new_tokens, stop_ids=find_stop_ids(model, tokenizer))
     return str(tokenizer.decode([*ids, *new_ids], skip_special_tokens=True))
 

@@ -5,7 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from forgather import Project
 from forgather.config.files import list_configs
@@ -54,6 +57,17 @@ def test_numbers_of_parameters(tmp_path: Path, config: str) -> None:
     assert (count.total, count.trainable) == (total, total)
     assert count.embedding == vocab_size * model.config.hidden_size
     assert f"({total:,})" in report(model, tokenizer())
+
+
+def test_every_token_has_a_row_where_ids_have_gaps(tmp_path: Path) -> None:
+    words = Tokenizer(WordLevel({"<end>": 0, "low": 1, "high": 999}, unk_token="<end>"))
+    words.pre_tokenizer = Whitespace()
+    gaps = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>")
+    project = Project(LLAMA, config="1M", args={"output_dir": tmp_path / "built"})
+    package = project.build("package", given={"tokenizer": gaps})
+    model = package.construct("cpu")
+    assert model.get_input_embeddings().num_embeddings == 1000
+    assert model(torch.tensor([gaps("low high")["input_ids"]])).logits.shape == (1, 2, 1000)
 
 
 def test_a_tied_weight_counts_once(tmp_path: Path) -> None:
