@@ -152,8 +152,23 @@ def test_bf16_is_as_good_as_a_softmax_in_fp32(chunk_rows, vocabulary):
         assert (ours.grad.float() - theirs.grad).norm() / theirs.grad.norm() < 4e-3
 
 
-def test_rows_without_a_target_teach_nothing():
-    hidden, weight, targets = hidden_weight_targets(32, 8, 50, torch.bfloat16)
+@pytest.mark.parametrize("chunk_rows", [64, 100, 4096])
+@pytest.mark.parametrize("vocabulary", [300, 8192 + 11])
+def test_fp32_is_exact(chunk_rows, vocabulary):
+    hidden, weight, targets = hidden_weight_targets(512, 64, vocabulary, torch.float32)
+    double_hidden, double_weight = (t.detach().double().requires_grad_() for t in (hidden, weight))
+    exact = F.cross_entropy(double_hidden @ double_weight.T, targets, reduction="sum")
+    loss = linear_cross_entropy(hidden, weight, targets, chunk_rows)
+    assert loss.item() == pytest.approx(exact.item(), rel=3e-7)
+    exact.backward()
+    loss.backward()
+    for ours, theirs in ((hidden, double_hidden), (weight, double_weight)):
+        assert (ours.grad - theirs.grad).norm() / theirs.grad.norm() < 5e-7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_without_a_target_teach_nothing(dtype):
+    hidden, weight, targets = hidden_weight_targets(32, 8, 50, dtype)
     loss = linear_cross_entropy(hidden, weight, torch.full_like(targets, -100), 8)
     loss.backward()
     assert loss.item() == 0.0
