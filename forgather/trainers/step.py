@@ -57,7 +57,7 @@ class LocalStep:
 
     def __call__(self, step: int, batches: Sequence[Batch]) -> StepResult:
         """Make step number `step` (from 0) with this rank's microbatches; all ranks call it with equally many."""
-        torch.manual_seed(_stream(self.seed, step, self.mesh.data_rank))
+        reseed(_stream(self.seed, step, self.mesh.data_rank), self.device)
         factor = self.schedule(step)
         num_targets = self.count_targets(batches)  # before backward: it is the divisor
         loss_sum = torch.zeros((), device=self.device)
@@ -112,6 +112,16 @@ class LocalStep:
 def mark_last(batches: Sequence[Batch]) -> Iterator[tuple[Batch, bool]]:
     """Each batch, and whether it is the last."""
     return ((batch, number == len(batches)) for number, batch in enumerate(batches, start=1))
+
+
+def reseed(seed: int, device: torch.device) -> None:
+    """Start torch's streams of random numbers anew, the CPU's and that of `device`.
+
+    torch.manual_seed asks every kind of accelerator there could be, which took 0.2 to 0.5 ms of each step here.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
 
 
 def _stream(seed: int, step: int, rank: int) -> int:
