@@ -1,14 +1,13 @@
 """A folder that one process makes, whole or not at all, while the others wait for it."""
 
 import errno
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
 
+from forgather.durable import appearing
 from forgather.errors import DataError
 
 _NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -31,19 +30,8 @@ def made_once(folder: Path) -> Iterator[Path | None]:
             if folder.is_dir():
                 yield None
                 return
-            aside = folder.with_name(f".{folder.name}.partial")
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir()
-            try:
+            with appearing(folder) as aside:
                 yield aside
-                # A crash of the machine must not leave a folder of that name whose files are empty.
-                for path in [*aside.rglob("*"), aside]:
-                    _sync(path)
-                aside.rename(folder)
-                _sync(folder.parent)
-            except BaseException:
-                shutil.rmtree(aside, ignore_errors=True)
-                raise
     except OSError as error:
         if error.errno in _NOT_WRITABLE:
             raise DataError(
@@ -54,11 +42,3 @@ def made_once(folder: Path) -> Iterator[Path | None]:
                 f"cannot make {folder}: {error.strerror}: {error.filename}", fix="grant access, or set another folder"
             ) from error
         raise
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

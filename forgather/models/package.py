@@ -7,7 +7,6 @@ Weights, runs and whatever else stands in the folder are never touched.
 import hashlib
 import json
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+from forgather.durable import appearing, emptied, sync, sync_all
 from forgather.errors import ModelError
 from forgather.models.sources import MODULE, model_files
 
@@ -79,7 +79,8 @@ class Package:
             return self.dir  # needs no lock, so a read-only disk that holds it will do
         with self._locked():
             if not self.dir.is_dir():
-                self._aside().rename(self.dir)
+                with appearing(self.dir, self._aside) as aside:
+                    self._write_into(aside)
             elif not (self.dir / MANIFEST).exists():
                 self._refuse_foreign_files()
                 self._move_in()
@@ -199,41 +200,40 @@ class Package:
                 f"cannot write the model package {self.dir}: {error.strerror}", fix="choose another --output-dir"
             ) from error
 
+    @property
     def _aside(self) -> Path:
-        """The whole package in a folder beside its place, named by digest, and tried: a model can be made from it.
+        """Where the holder of the lock writes. Named by digest, as Python remembers what a folder has to import."""
+        return self.dir.parent / f".{self.dir.name}-{self.digest[:16]}.partial"
 
-        Only the holder of the lock calls this.
-        """
+    def _write_into(self, folder: Path) -> None:
+        """The whole package, and try it: a model can be made from it."""
         from forgather.models.construct import construct
 
-        aside = self.dir.parent / f".{self.dir.name}-{self.digest[:16]}.partial"
-        shutil.rmtree(aside, ignore_errors=True)  # a writer that was killed
-        aside.mkdir()
         for name, content in self._files.items():
-            (aside / name).write_bytes(content)
+            (folder / name).write_bytes(content)
         files = {name: _hash(content) for name, content in self._files.items()}
-        (aside / MANIFEST).write_bytes(_json({"digest": self.digest, "files": files}))
-        try:
-            construct(aside)
-        except BaseException:
-            shutil.rmtree(aside)
-            raise
-        return aside
+        (folder / MANIFEST).write_bytes(_json({"digest": self.digest, "files": files}))
+        construct(folder)
 
     def _move_in(self) -> None:
         """Replace the generated files one by one; until the last, the manifest says that it is not finished."""
-        aside = self._aside()
         manifest = self.dir / MANIFEST
         old = _read(manifest).get("files", {}) if manifest.exists() else {}
-        unfinished = aside / "unfinished.json"
-        unfinished.write_bytes(_json({"digest": None, "files": dict.fromkeys([*old, *self._files])}))
-        unfinished.replace(manifest)
-        for name in self._files:
-            (aside / name).replace(self.dir / name)
-        for name in old.keys() - self._files.keys():
-            (self.dir / name).unlink(missing_ok=True)
-        (aside / MANIFEST).replace(manifest)
-        aside.rmdir()
+        with emptied(self._aside) as aside:
+            self._write_into(aside)
+            unfinished = aside / "unfinished.json"
+            unfinished.write_bytes(_json({"digest": None, "files": dict.fromkeys([*old, *self._files])}))
+            sync_all(aside.iterdir())
+            # Synced in between, so that a crash of the machine does not leave the new manifest with an old file.
+            unfinished.replace(manifest)
+            sync(self.dir)
+            for name in self._files:
+                (aside / name).replace(self.dir / name)
+            for name in old.keys() - self._files.keys():
+                (self.dir / name).unlink(missing_ok=True)
+            sync(self.dir)
+            (aside / MANIFEST).replace(manifest)
+            sync(self.dir)
 
     def _refuse_foreign_files(self) -> None:
         there = [name for name in self._files if (self.dir / name).exists()]

@@ -21,6 +21,7 @@ from forgather.models.parts.initializers import Keep, Normal, Zeros
 from forgather.models.weights import save_weights
 from tests.models.example import PLAN, SIZES, SOURCE, package
 from tests.ranks import RankPool
+from tests.test_durable import what_is_done
 
 TOKENS = torch.arange(3, 23).view(2, 10)
 
@@ -377,6 +378,25 @@ def test_a_writer_that_was_killed_leaves_nothing_in_the_way(folder: Path) -> Non
     built.write()
     assert built.differences() == []
     assert not aside.exists()
+
+
+def test_a_package_is_on_the_disk_before_it_has_its_name(folder: Path) -> None:
+    built = package(folder)
+    with what_is_done() as done:
+        built.write()
+    at = done.index("> tiny_llama")
+    assert {path.name for path in folder.iterdir()} <= set(done[:at])
+    assert done[at + 1 :] == [folder.parent.name]
+
+
+def test_a_refresh_is_on_the_disk_before_its_manifest_has_its_name(folder: Path) -> None:
+    package(folder).write()
+    changed = package(folder, source=SOURCE.replace("bias=False", "bias=True"))
+    with what_is_done() as done:
+        changed.write(refresh=True)
+    marked, finished = (number for number, name in enumerate(done) if name == f"> {MANIFEST}")
+    assert {path.name for path in folder.iterdir()} <= set(done[:marked])
+    assert done[marked + 1] == done[finished - 1] == done[finished + 1] == folder.name
 
 
 @pytest.mark.parametrize("moves", [1, 18, 20])
