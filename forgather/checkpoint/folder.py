@@ -7,7 +7,6 @@ So whatever is killed whenever, a folder with a step's name is a whole checkpoin
 
 import contextlib
 import errno
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -15,9 +14,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 
-from forgather.checkpoint.manifest import MANIFEST, FileRecord, Manifest, record_of
+from forgather.checkpoint.manifest import FileRecord, Manifest, record_of
 from forgather.distributed.collectives import broadcast_object, gather_objects, rank
-from forgather.errors import CheckpointError
+from forgather.durable import publish
+from forgather.errors import CheckpointError, ForgatherError
 
 _STEP = re.compile(r"step-(\d{8,})")
 _LEFTOVER = re.compile(r"\.step-\d{8,}\.(partial|removed)(-\d+)?")
@@ -72,7 +72,8 @@ class Committed:
 
     Collective. When any rank fails, nothing appears, the draft is removed, and every rank raises: the failing one its
     own error (CheckpointError with path and cause for what the operating system refuses), the others a CheckpointError
-    that names it. Checkpoints that were there before stay as they were.
+    that names it. Checkpoints that were there before stay as they were. ForgatherError when `final` is there, and only
+    its name may not be on the disk.
     """
 
     def __init__(self, final: Path, manifest: Manifest) -> None:
@@ -110,29 +111,22 @@ class Committed:
         self.draft.path.mkdir()
 
     def _publish(self) -> None:
+        synced = {self.draft.path / name for name in self.draft.files}  # by the writers, each on its host
         try:
-            directories, records = self._finish_files()
-            replace(self.manifest, files=records).write(self.draft.path)
-            for path in [self.draft.path / MANIFEST, *directories]:
-                sync(path)
-            self.draft.path.rename(self.final)
+            replace(self.manifest, files=self._records()).write(self.draft.path)
+            publish(self.draft.path, self.final, synced=synced)
         except OSError:
             self._discard()
             raise
-        sync(self.final.parent)
 
-    def _finish_files(self) -> tuple[list[Path], dict[str, FileRecord]]:
-        """Digest and sync what no writer has entered; return all directories, and all files' records."""
-        directories = [self.draft.path]
+    def _records(self) -> dict[str, FileRecord]:
+        """The record of each file; what no writer has entered is digested here."""
         records = dict(self.draft.files)
         for path in sorted(self.draft.path.rglob("*")):
             name = path.relative_to(self.draft.path).as_posix()
-            if path.is_dir():
-                directories.append(path)
-            elif name not in records:
+            if path.is_file() and name not in records:
                 records[name] = record_of(path)
-                sync(path)
-        return directories, records
+        return records
 
     def _discard(self) -> None:
         # Also called when the disk refuses everything. What cannot be removed now is a leftover that the next save
@@ -142,13 +136,13 @@ class Committed:
 
     def _on_rank_0(self, action: Callable[[], None]) -> None:
         """Run `action` on rank 0; what the operating system refuses there is raised on every rank."""
-        error: CheckpointError | None = None
+        error: ForgatherError | None = None
         if rank() == 0:
             try:
                 action()
             except OSError as refusal:
                 error = _refused(self.final, refusal)
-            except CheckpointError as refusal:
+            except ForgatherError as refusal:
                 error = refusal
         error = broadcast_object(error)
         if error is not None:
@@ -163,15 +157,6 @@ def require_shared(folder: Path) -> None:
             f"rank {visible.index(False)} does not see {folder}, which rank 0 has made",
             fix="let the run folder be on a file system that all hosts share",
         )
-
-
-def sync(path: Path) -> None:
-    """Return when a file's bytes, or a directory's names, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _cause(error: BaseException) -> str:

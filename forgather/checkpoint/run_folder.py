@@ -7,9 +7,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Self
 
-from forgather.checkpoint.folder import require_shared, sync
+from forgather.checkpoint.folder import require_shared
 from forgather.checkpoint.lock import RunLock
 from forgather.distributed.collectives import broadcast_object, rank
+from forgather.durable import sync
 from forgather.errors import CheckpointError
 
 _WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth)(\.index\.json)?$")
@@ -85,6 +86,15 @@ class RunFolder:
         """Let another run have the folder. The end of the process does the same."""
         if self._lock is not None:
             self._lock.release()
+
+    def discard_unused(self) -> None:
+        """Remove the folder if nothing has been written into it; whoever only looked leaves no trace."""
+        if rank() == 0:
+            with contextlib.suppress(OSError):  # something is in it
+                for folder in (self.checkpoints, self.logs):
+                    folder.rmdir()
+                (self.dir / ".lock").unlink()
+                self.dir.rmdir()
 
     def __enter__(self) -> Self:
         return self

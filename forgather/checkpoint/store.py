@@ -177,23 +177,24 @@ class CheckpointStore:
 
 def open_checkpoint(folder: Path) -> Checkpoint | list[str]:
     """The checkpoint in `folder`, or what is wrong with it: one line a file. Collective: each rank reads a share."""
-    opened: Manifest | list[str] = []
-    if rank() == 0:
-        try:
-            opened = Manifest.read(folder)
-            expected = step_name(opened.step)
-            if folder.name.startswith("step-") and folder.name != expected:
-                opened = [f"{MANIFEST}: it is of {expected}"]
-            elif damage := opened.damaged_sizes(folder):
-                opened = damage
-        except CheckpointError as error:
-            opened = [error.message]
-    opened = broadcast_object(opened)
+    opened: Manifest | list[str] = broadcast_object(visible_checkpoint(folder) if rank() == 0 else [])
     if isinstance(opened, list):
         return opened
     share = sorted(opened.files, key=lambda name: -opened.files[name].size)[rank() :: world_size()]
     damage = [line for part in gather_objects(opened.damaged_digests(folder, share)) for line in part]
     return sorted(damage) or Checkpoint(folder, opened)
+
+
+def visible_checkpoint(folder: Path) -> Manifest | list[str]:
+    """The manifest of the checkpoint in `folder`, or what is wrong with it that shows without reading its files."""
+    try:
+        manifest = Manifest.read(folder)
+    except CheckpointError as error:
+        return [error.message]
+    expected = step_name(manifest.step)
+    if folder.name.startswith("step-") and folder.name != expected:
+        return [f"{MANIFEST}: it is of {expected}"]
+    return manifest.damaged_sizes(folder) or manifest
 
 
 def _require_fit(checkpoint: Checkpoint, targets: Mapping[str, torch.Tensor]) -> None:

@@ -10,17 +10,20 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
-from forgather.checkpoint.folder import saved_steps, step_name, sync
-from forgather.checkpoint.manifest import MANIFEST, Manifest
+from forgather.checkpoint.folder import saved_steps, step_name
+from forgather.checkpoint.manifest import MANIFEST
 from forgather.checkpoint.storage import RawReader
-from forgather.checkpoint.store import Checkpoint, calling_dcp, load_planner
+from forgather.checkpoint.store import Checkpoint, calling_dcp, load_planner, visible_checkpoint
 from forgather.conversion.safetensors_file import SafetensorsFile, TensorKind
+from forgather.durable import appearing
 from forgather.errors import CheckpointError
 
 PACKAGE = "package"
@@ -30,56 +33,51 @@ _BATCH_BYTES = 16 << 20
 _NOT_EXPORTED = {"forgather_package.json"}  # tells how the package was generated; it is about another folder
 
 
+class DamageError(CheckpointError):
+    """Files of a checkpoint are not what was saved."""
+
+    def __init__(self, folder: Path, damage: Sequence[str]) -> None:
+        super().__init__(f"{folder} is damaged: {'; '.join(damage)}", fix="export another checkpoint of the run")
+
+
 def export(
     source: Path, destination: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES, dtype: torch.dtype | None = None
 ) -> Path:
     """Write `destination` from a checkpoint, or from the newest whole checkpoint of a run folder; return it.
 
     With `dtype`, floating-point weights are converted. A tensor larger than `max_shard_bytes` gets a shard of its own.
-    CheckpointError when the source is no checkpoint or damaged, or the destination exists or cannot be written.
+    Of a run, damaged checkpoints are named and passed over. CheckpointError when the source is no checkpoint, is
+    damaged or goes away, or the destination exists, is being written by another export, or cannot be written.
     """
     destination = destination.absolute()
-    if destination.exists():
-        raise CheckpointError(f"{destination} is already there, and nothing is overwritten", fix="name another folder")
-    checkpoint = find_checkpoint(source)
-    package = _verified_package(checkpoint)
-    aside = destination.with_name(f".{destination.name}.partial")
-    try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)  # of an export that was interrupted
-        aside.mkdir()
-        kinds = _kinds(checkpoint.layout, dtype)
-        for file in package:
-            shutil.copy(file, aside / file.name)
-        _tell_dtype(aside / "config.json", kinds)
-        _write_weights(checkpoint, aside, shards_of(kinds, max_shard_bytes), kinds)
-        for path in [*aside.iterdir(), aside]:
-            sync(path)
-        aside.rename(destination)
-        sync(destination.parent)
-    except OSError as error:
-        raise CheckpointError(
-            f"could not write {destination}: {error.strerror}", fix="name a folder that can be written and has space"
-        ) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return destination
+    _refuse_what_is_there(destination)
+    folders = candidates(source)
+    with _only_writer(destination):
+        _refuse_what_is_there(destination)
+        for folder in folders:
+            try:
+                with appearing(destination) as aside, _explaining_removal(folder):
+                    _write(_opened(folder), aside, max_shard_bytes, dtype)
+            except DamageError as error:
+                if folder == source:
+                    raise
+                print(f"warning: {error.message}; it is not used", file=sys.stderr)
+            else:
+                if folder not in (source, folders[0]):
+                    print(f"warning: exported {folder}, the newest that is whole", file=sys.stderr)
+                return destination
+    raise CheckpointError(
+        f"every checkpoint in {source / 'checkpoints'} is damaged", fix="bring back the files named above"
+    )
 
 
-def find_checkpoint(source: Path) -> Checkpoint:
-    """The checkpoint that `source` is, or the newest of the run that it is, without those that are visibly damaged."""
+def candidates(source: Path) -> list[Path]:
+    """The checkpoint that `source` is, or those of the run that it is, newest first."""
     if (source / MANIFEST).exists():
-        manifest = Manifest.read(source)
-        if damage := manifest.damaged_sizes(source):
-            raise CheckpointError(f"{source} is damaged: {'; '.join(damage)}", fix="export another checkpoint")
-        return Checkpoint(source, manifest)
+        return [source]
     checkpoints = source / "checkpoints"
-    for step in reversed(saved_steps(checkpoints)):
-        folder = checkpoints / step_name(step)
-        try:
-            return find_checkpoint(folder)
-        except CheckpointError as error:
-            print(f"warning: {error.message}", file=sys.stderr)
+    if steps := saved_steps(checkpoints):
+        return [checkpoints / step_name(step) for step in reversed(steps)]
     runs = sorted(path.parent for path in source.glob("runs/*/checkpoints")) if source.is_dir() else []
     hint = f"; runs here: {', '.join(map(str, runs))}" if runs else ""
     raise CheckpointError(
@@ -99,6 +97,66 @@ def shards_of(kinds: Mapping[str, TensorKind], max_bytes: int) -> list[list[str]
         shards[-1].append(name)
         size += kinds[name].num_bytes
     return shards
+
+
+@contextmanager
+def _only_writer(destination: Path) -> Iterator[None]:
+    """One export at a time to one folder, and what the operating system refuses with the path and what to do."""
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        path = destination.with_name(f".{destination.name}.lock")
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise CheckpointError(
+                f"another export is writing {destination}", fix="let it end or stop it, or name another folder"
+            ) from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)  # still held: who has just opened it finds that it has no name, and retries
+            lock.release()
+    except OSError as error:
+        raise CheckpointError(
+            f"could not write {destination}: {error.strerror}", fix="name a folder that can be written and has space"
+        ) from error
+
+
+def _refuse_what_is_there(destination: Path) -> None:
+    if destination.exists():
+        raise CheckpointError(f"{destination} is already there, and nothing is overwritten", fix="name another folder")
+
+
+@contextmanager
+def _explaining_removal(folder: Path) -> Iterator[None]:
+    """A live run removes its old checkpoints, whoever is reading them."""
+    try:
+        yield
+    except (OSError, CheckpointError) as error:
+        if folder.is_dir():
+            raise
+        raise CheckpointError(
+            f"{folder} was removed while it was exported: a live run keeps only its newest checkpoints",
+            fix=f"export {folder.parent.parent}, which has newer ones, or let the run keep more of them (keep_last)",
+        ) from error
+
+
+def _opened(folder: Path) -> Checkpoint:
+    """The checkpoint in `folder` where no damage shows; tensors are checked as they are read."""
+    manifest = visible_checkpoint(folder)
+    if isinstance(manifest, list):
+        raise DamageError(folder, manifest)
+    return Checkpoint(folder, manifest)
+
+
+def _write(checkpoint: Checkpoint, folder: Path, max_shard_bytes: int, dtype: torch.dtype | None) -> None:
+    package = _verified_package(checkpoint)
+    kinds = _kinds(checkpoint.layout, dtype)
+    for file in package:
+        shutil.copy(file, folder / file.name)
+    _tell_dtype(folder / "config.json", kinds)
+    _write_weights(checkpoint, folder, shards_of(kinds, max_shard_bytes), kinds)
 
 
 def _write_weights(
@@ -138,8 +196,11 @@ def _tensors(checkpoint: Checkpoint, names: Sequence[str]) -> Iterator[torch.Ten
         for name, kind in batch.items():
             tensors[f"model/{name}"] = memory[at : at + kind.num_bytes].view(kind.dtype).view(kind.shape)
             at += _room(kind)
-        with calling_dcp(f"could not read {checkpoint.path}"):
-            dcp_load(tensors, storage_reader=reader, planner=load_planner(), no_dist=True)
+        try:
+            with calling_dcp(f"could not read {checkpoint.path}"):
+                dcp_load(tensors, storage_reader=reader, planner=load_planner(), no_dist=True)
+        except CheckpointError as error:
+            raise DamageError(checkpoint.path, [error.message]) from error
         for name in batch:
             yield tensors[f"model/{name}"]
 
@@ -177,7 +238,7 @@ def _verified_package(checkpoint: Checkpoint) -> list[Path]:
     """The files of the model's package, after every file but the tensors' (checked as they are read) was verified."""
     names = [name for name in checkpoint.manifest.files if not name.endswith(".bin")]
     if damage := checkpoint.manifest.damaged_digests(checkpoint.path, names):
-        raise CheckpointError(f"{checkpoint.path} is damaged: {'; '.join(damage)}", fix="export another checkpoint")
+        raise DamageError(checkpoint.path, damage)
     files = [
         checkpoint.path / name
         for name in names
@@ -197,6 +258,8 @@ def _tell_dtype(config: Path, kinds: Mapping[str, TensorKind]) -> None:
     for kind in kinds.values():
         if kind.dtype.is_floating_point:
             sizes[kind.dtype] = sizes.get(kind.dtype, 0) + kind.num_bytes
+    if not sizes:
+        return  # a model of integers alone loads as it is stored
     content = json.loads(config.read_text())
     content["dtype"] = str(max(sizes, key=lambda dtype: sizes[dtype])).removeprefix("torch.")
     config.write_text(json.dumps(content, indent=2) + "\n")

@@ -90,6 +90,7 @@ def _train(folder: str, steps: int, pipe: Connection, errors: str, die_at: str |
 
 def _arm(place: str) -> None:
     """Let the process kill itself just before it does what `place` names, while it saves."""
+    from forgather import durable
     from forgather.checkpoint import folder, store
     from forgather.checkpoint.manifest import Manifest
     from forgather.checkpoint.storage import RawWriter
@@ -112,7 +113,7 @@ def _arm(place: str) -> None:
         case "manifest":
             instead(Manifest, "write", lambda *_: True)
         case "sync":
-            instead(folder, "sync", lambda path: path.name == "manifest.json")
+            instead(durable, "sync", lambda path: path.name == "manifest.json")
         case "rename":
             instead(Path, "rename", lambda self, target: self.name.endswith(".partial"))
         case "retention":

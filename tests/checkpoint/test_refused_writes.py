@@ -12,9 +12,10 @@ import pytest
 
 from forgather.checkpoint.run_folder import RunFolder
 from forgather.checkpoint.store import Checkpoint, CheckpointStore, open_checkpoint
-from forgather.errors import CheckpointError
+from forgather.errors import CheckpointError, ForgatherError
 from tests.checkpoint.training import Run
 from tests.ranks import RankPool
+from tests.test_durable import refuse_to_sync
 
 
 def mount(*words: str) -> None:
@@ -112,6 +113,17 @@ def test_a_file_that_may_not_grow(tmp_path: Path) -> None:
         assert "step-00000002" in message
         assert "earlier checkpoints are untouched" in message
     assert_only_step_1(tmp_path / "run")
+
+
+def test_a_checkpoint_that_stands_is_not_said_to_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with RunFolder(tmp_path / "run") as folder:
+        refuse_to_sync(folder.checkpoints, monkeypatch)
+        with pytest.raises(ForgatherError) as raised:
+            CheckpointStore(folder).save(Run().state, 1)
+    assert "step-00000001 is written and whole" in raised.value.message
+    assert "could not write" not in str(raised.value)
+    assert raised.value.fix
+    assert_only_step_1(folder.dir)
 
 
 def test_a_run_folder_that_cannot_be_made(tmp_path: Path) -> None:

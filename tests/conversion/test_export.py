@@ -11,8 +11,10 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+from forgather.checkpoint.folder import remove
 from forgather.checkpoint.run_folder import RunFolder
-from forgather.checkpoint.store import CheckpointStore
+from forgather.checkpoint.store import Checkpoint, CheckpointStore
+from forgather.conversion import export as module
 from forgather.conversion.export import export, shards_of
 from forgather.conversion.safetensors_file import TensorKind
 from forgather.errors import CheckpointError
@@ -20,10 +22,9 @@ from tests.checkpoint.training import Run
 from tests.ranks import RankPool
 
 
-def save_run(folder: str, **options: Any) -> dict[str, torch.Tensor]:
-    """A run's folder with one checkpoint that carries the model's package; returns its whole weights."""
+def save_run(folder: str, *, num_steps: int = 1, **options: Any) -> dict[str, torch.Tensor]:
+    """A run's folder whose checkpoints carry the model's package; returns the whole weights of the last."""
     run = Run(**options)
-    run.step()
     package = Path(folder).parent / "package"
     package.mkdir(exist_ok=True)
     run.model.config.dtype = torch.float32
@@ -31,7 +32,10 @@ def save_run(folder: str, **options: Any) -> dict[str, torch.Tensor]:
     run.model.generation_config.save_pretrained(package)
     with RunFolder(Path(folder)) as opened:
         opened.describe("package", package)
-        CheckpointStore(opened).save(run.state, 1)
+        store = CheckpointStore(opened)
+        for step in range(1, num_steps + 1):
+            run.step()
+            store.save(run.state, step)
     return {name: tensor for name, tensor in run.values().items() if "/" not in name}
 
 
@@ -82,18 +86,91 @@ def test_dtype_converts_and_is_what_the_folder_loads_in(tmp_path: Path) -> None:
     assert all(torch.equal(model.state_dict()[name], weight.bfloat16()) for name, weight in weights.items())
 
 
+def flip_a_byte(checkpoint: Path, *, at: float) -> None:
+    """Of the tensors' file, where `at` is the part of it that stands before: weights come first."""
+    file = checkpoint / "rank-00000.bin"
+    content = bytearray(file.read_bytes())
+    content[int(len(content) * at)] ^= 1
+    file.write_bytes(content)
+
+
 def test_nothing_is_overwritten_and_nothing_half_done_stays(tmp_path: Path) -> None:
     save_run(str(tmp_path / "run"))
     (tmp_path / "out").mkdir()
     with pytest.raises(CheckpointError, match="already there"):
         export(tmp_path / "run", tmp_path / "out")
-    weights = next((tmp_path / "run" / "checkpoints").glob("step-*/rank-*.bin"))
-    content = bytearray(weights.read_bytes())
-    content[len(content) // 8] ^= 1
-    weights.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"rank-00000\.bin was altered where model/"):
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000001"
+    flip_a_byte(checkpoint, at=1 / 8)
+    with pytest.raises(CheckpointError, match=r"rank-00000\.bin was altered where model/(.|\n)*fix: export another"):
+        export(checkpoint, tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged(.|\n)*fix: bring back"):
         export(tmp_path / "run", tmp_path / "other")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "package", "run"]
+
+
+def test_of_a_run_the_newest_whole_checkpoint_is_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = save_run(str(tmp_path / "run"), num_steps=2)
+    first, second = (tmp_path / "run" / "checkpoints" / f"step-0000000{step}" for step in (1, 2))
+    flip_a_byte(second, at=1 / 8)
+    loaded = AutoModelForCausalLM.from_pretrained(export(tmp_path / "run", tmp_path / "out")).state_dict()
+    assert not all(torch.equal(loaded[name], weight) for name, weight in weights.items())
+    older = AutoModelForCausalLM.from_pretrained(export(first, tmp_path / "older")).state_dict()
+    assert all(torch.equal(loaded[name], weight) for name, weight in older.items())
+    said = capsys.readouterr().err
+    assert f"{second}/rank-00000.bin was altered" in said
+    assert f"warning: exported {first}, the newest that is whole" in said
+
+
+def test_a_renamed_checkpoint_is_not_taken_for_a_newer_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_run(str(tmp_path / "run"), num_steps=2)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    renamed = (checkpoints / "step-00000001").rename(checkpoints / "step-00000009")
+    export(tmp_path / "run", tmp_path / "out")
+    assert "step-00000009 is damaged: manifest.json: it is of step-00000001" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match="it is of step-00000001"):
+        export(renamed, tmp_path / "other")
+
+
+def test_of_two_exports_to_one_folder_the_second_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_run(str(tmp_path / "run"))
+    write_weights = module._write_weights
+    refused: list[CheckpointError] = []
+
+    def meanwhile(*arguments: Any) -> None:
+        with pytest.raises(CheckpointError) as raised:
+            export(tmp_path / "run", tmp_path / "out")
+        refused.append(raised.value)
+        write_weights(*arguments)
+
+    monkeypatch.setattr(module, "_write_weights", meanwhile)
+    export(tmp_path / "run", tmp_path / "out")
+    assert "another export is writing" in refused[0].message
+    assert refused[0].fix
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "package", "run"]
+
+
+@pytest.mark.parametrize("moment", ["_verified_package", "_write_weights", "_tensors"])
+def test_a_checkpoint_that_its_run_removes_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    save_run(str(tmp_path / "run"))
+    original = getattr(module, moment)
+
+    def after_removal(checkpoint: Checkpoint, *arguments: Any) -> Any:
+        remove(checkpoint.path)
+        return original(checkpoint, *arguments)
+
+    monkeypatch.setattr(module, moment, after_removal)
+    with pytest.raises(CheckpointError, match=r"was removed while it was exported(.|\n)*fix: export .*run, which has"):
+        export(tmp_path / "run", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["package", "run"]
+
+
+def test_a_model_of_integers_has_no_dtype_to_tell(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"dtype": "float32"}')
+    module._tell_dtype(tmp_path / "config.json", {"table": TensorKind((2,), torch.int64)})
+    assert json.loads((tmp_path / "config.json").read_text()) == {"dtype": "float32"}
 
 
 def test_a_folder_that_is_no_run_names_the_runs_in_it(tmp_path: Path) -> None:
