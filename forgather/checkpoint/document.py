@@ -23,13 +23,18 @@ _TENSOR, _TUPLE, _ITEMS, _FLOAT = "__tensor__", "__tuple__", "__items__", "__flo
 def split(value: Any, path: str) -> tuple[Json, dict[str, torch.Tensor]]:
     """`value` as JSON, and its tensors by name; names begin with `path`. `join` is the inverse.
 
-    Takes None, bool, int, float, str, lists, tuples, dicts with str or int keys, and tensors.
+    Takes None, bool, int, float, str, lists, tuples, dicts with str or int keys, and tensors. CheckpointError for
+    anything else, and where the paths of two tensors are one.
     """
     tensors: dict[str, torch.Tensor] = {}
 
     def convert(value: Any, path: str) -> Json:
         if isinstance(value, torch.Tensor):
-            assert path not in tensors, f"two tensors have the path {path}"
+            if path in tensors:
+                raise CheckpointError(
+                    f"the state has two tensors that would both be saved as {path}",
+                    fix="let keys in its state_dict() have no '/', and not be equal as text (1 and '1')",
+                )
             tensors[path] = value
             return {_TENSOR: path}
         if isinstance(value, float) and not math.isfinite(value):

@@ -26,9 +26,8 @@ from forgather.checkpoint.document import Json, join, split
 from forgather.checkpoint.optimizer_state import optimizer_state_by_name, prepare_state
 from forgather.checkpoint.random_state import capture_random, reseed_random, restore_random
 from forgather.distributed.collectives import failing_together, gather_objects, rank, world_size
-
-# Wrappers of torch.compile and of recomputation put these into names; a checkpoint must load without them, too.
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+from forgather.errors import CheckpointError
+from forgather.models.names import plain_name
 
 
 @dataclass
@@ -41,6 +40,14 @@ class TrainState:
     model: nn.Module
     optimizer: Optimizer
     extras: Mapping[str, Stateful] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in self.extras:
+            if "/" in name:
+                raise CheckpointError(
+                    f"{name!r} cannot be saved under that name: a '/' divides the names of tensors",
+                    fix=f"name it {name.replace('/', '_')!r}",
+                )
 
     def capture(self) -> tuple[dict[str, torch.Tensor], dict[str, Json]]:
         """Named tensors and the document of the rest. Collective: the document has every rank's random numbers."""
@@ -127,13 +134,6 @@ class TrainState:
 
     def _names(self) -> dict[torch.Tensor, str]:
         return {tensor: name for name, tensor in self.weights().items()}
-
-
-def plain_name(name: str) -> str:
-    """A parameter's name in the model as it was written, without what compile and recompute add."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
 
 
 def _keys(saved: Metadata, prefix: str) -> list[str]:

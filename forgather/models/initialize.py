@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from forgather.errors import ModelError
+from forgather.models.names import plain_name
 from forgather.models.parts.initializers import Initializer
 from forgather.models.parts.rules import assign
 
@@ -24,8 +25,6 @@ BLOCK = 65_536
 BLOCKS_AT_ONCE = 64  # what is drawn before it is copied to its place: 16 MiB
 InitRules = Mapping[str, Initializer]  # patterns over parameter names, in order
 Fill = Callable[[torch.Tensor, torch.Generator], None]
-
-WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # of compiled and recomputed modules; no part of a name
 
 
 @torch.no_grad()
@@ -98,9 +97,7 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str]]]
     for name, _ in model.named_parameters():
         module, _, attribute = name.rpartition(".")
         owner = model.get_submodule(module)
-        for wrapper in WRAPPERS:
-            name = name.replace(wrapper, "")
-        yield name, (owner, attribute)
+        yield plain_name(name), (owner, attribute)
 
 
 def _draw(parameter: torch.Tensor, fill: Fill, key: str) -> None:

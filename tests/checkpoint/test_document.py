@@ -51,3 +51,16 @@ def test_tensors_are_named_by_their_path() -> None:
 def test_what_json_cannot_carry_is_named() -> None:
     with pytest.raises(CheckpointError, match="the state x/a/0 holds a bytes"):
         split({"a": [b"raw"]}, "x")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"a/b": torch.ones(1), "a": {"b": torch.ones(1)}},
+        {1: torch.ones(1), "1": torch.ones(1)},
+        {"a": [torch.ones(1)], "a/0": torch.ones(1)},
+    ],
+)
+def test_two_tensors_of_one_path_are_refused(value: object) -> None:
+    with pytest.raises(CheckpointError, match=r"both be saved as x/(.|\n)*fix: "):
+        split(value, "x")

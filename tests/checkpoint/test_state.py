@@ -224,3 +224,9 @@ def test_a_step_is_not_written_twice(tmp_path: Path) -> None:
 def test_keep_last_of_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="keep_last is 0"):
         CheckpointStore(RunFolder(tmp_path / "run"), keep_last=0)
+
+
+def test_a_name_of_an_extra_that_would_be_a_path_is_refused() -> None:
+    run = Run()
+    with pytest.raises(CheckpointError, match=r"'hooks/mean' cannot be saved(.|\n)*fix: name it 'hooks_mean'"):
+        TrainState(run.model, run.optimizer, {"hooks/mean": Position()})
