@@ -107,6 +107,15 @@ def _device(name: str) -> "torch.device":
         device = torch.device(name)
     except RuntimeError as error:
         raise ModelError(f"--device: unknown device {name!r}", fix="meta, cpu, cuda or cuda:0") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError("--device: this machine has no CUDA device that torch can use", fix="--device cpu")
+    if device.type not in ("meta", "cpu"):
+        kind = getattr(torch, device.type, None)  # torch.cuda, torch.mps: a module for each kind that this torch knows
+        if kind is None or not kind.is_available():
+            raise ModelError(
+                f"--device: this machine has no {device.type.upper()} device that torch can use", fix="--device cpu"
+            )
+        if (device.index or 0) >= kind.device_count():
+            raise ModelError(
+                f"--device: there is no {device}; {device.type} devices here: {kind.device_count()}",
+                fix=f"--device {device.type}",
+            )
     return device

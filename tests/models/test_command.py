@@ -92,3 +92,29 @@ def test_bad_input(project: Path, capsys: pytest.CaptureFixture[str], line: str,
     assert message in re.sub(r"\s+", " ", printed.err)
     assert fix in printed.err.partition("fix:")[2]
     assert not (project / "output_models" / "small").exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "available", "message", "fix"),
+    [
+        ("mps", 0, "no MPS device that torch can use", "--device cpu"),
+        ("hpu", 0, "no HPU device that torch can use", "--device cpu"),
+        ("cuda:7", 2, "there is no cuda:7; cuda devices here: 2", "--device cuda"),
+    ],
+)
+def test_a_device_that_this_machine_lacks(
+    project: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    available: int,
+    message: str,
+    fix: str,
+) -> None:
+    for kind in (torch.mps, torch.cuda):
+        monkeypatch.setattr(kind, "is_available", lambda: available > 0)
+        monkeypatch.setattr(kind, "device_count", lambda: available)
+    assert main(["model", "--device", device, "construct"]) == 2
+    printed = capsys.readouterr()
+    assert message in re.sub(r"\s+", " ", printed.err)
+    assert fix in printed.err.partition("fix:")[2]
