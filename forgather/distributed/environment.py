@@ -4,11 +4,14 @@ A process started by torchrun (`RANK` is set) joins its group; any other is a wo
 and no environment variable.
 """
 
+import hashlib
 import os
+import random
 from datetime import timedelta
 from types import TracebackType
 from typing import Self
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -22,6 +25,7 @@ class Environment:
     `threads` sets the number of threads of one operation on the CPU; null keeps what `OMP_NUM_THREADS` says.
     `timeout_s` bounds how long a collective waits for a rank that has stopped answering.
     `deterministic` refuses operations that may give other bits on the same input.
+    `seed` starts Python's, NumPy's and torch's generators from itself and the rank; null leaves them as they are.
 
     A group that already exists (a test's, or a notebook's) is used and left open by `close`.
     """
@@ -32,12 +36,13 @@ class Environment:
         threads: int | None = None,
         timeout_s: float = 600.0,
         deterministic: bool = False,
+        seed: int | None = None,
     ) -> None:
         self.rank = dist.get_rank() if dist.is_initialized() else _read_number("RANK", 0)
         self.world_size = dist.get_world_size() if dist.is_initialized() else _read_number("WORLD_SIZE", 1)
         self.local_rank = _read_number("LOCAL_RANK", 0)
         self.device = _choose_device(device, self.local_rank)
-        if self.device.type == "cuda":
+        if self.is_cuda:
             torch.cuda.set_device(self.device)
         if threads is not None:
             torch.set_num_threads(threads)
@@ -45,13 +50,15 @@ class Environment:
             # cuBLAS reads this once, at its first call; without it deterministic mode raises there.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
+        if seed is not None:
+            _seed_generators(seed, self.rank)
         self._owns_group = "RANK" in os.environ and not dist.is_initialized()
         if self._owns_group:
             # Gloo serves beside NCCL: small agreements between ranks then need no device synchronisation.
             dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
+                "cpu:gloo,cuda:nccl" if self.is_cuda else "gloo",
                 timeout=timedelta(seconds=timeout_s),
-                device_id=self.device if self.device.type == "cuda" else None,
+                device_id=self.device if self.is_cuda else None,
             )
 
     @property
@@ -59,9 +66,14 @@ class Environment:
         """Whether this is the one rank that prints and writes what all share."""
         return self.rank == 0
 
+    @property
+    def is_cuda(self) -> bool:
+        """Whether this rank computes on a CUDA device."""
+        return self.device.type == "cuda"
+
     def describe(self) -> str:
         processes = "1 process" if self.world_size == 1 else f"{self.world_size} processes"
-        if self.device.type == "cuda":
+        if self.is_cuda:
             return f"{processes} on {torch.cuda.get_device_name(self.device)}"
         threads = torch.get_num_threads()
         return f"{processes} on {self.device.type}, {threads} thread{'s' if threads != 1 else ''} each"
@@ -86,6 +98,13 @@ def _read_number(name: str, default: int) -> int:
             f"the environment variable {name} is {text!r}, not a number", fix="start the ranks with torchrun"
         )
     return int(text)
+
+
+def _seed_generators(seed: int, rank: int) -> None:
+    own = int.from_bytes(hashlib.blake2b(f"process {seed} {rank}".encode(), digest_size=7).digest(), "big")
+    random.seed(own)
+    np.random.seed(own % 2**32)
+    torch.manual_seed(own)
 
 
 def _choose_device(device: str, local_rank: int) -> torch.device:

@@ -1,9 +1,12 @@
 """A mesh is what the processes can make of it, or an error that says which ones they can."""
 
 import os
+import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
 from forgather.distributed import collectives
 from forgather.distributed.environment import Environment
@@ -105,3 +108,20 @@ def test_ranks_agree():
             "differing": "the seed is not the same on all ranks (rank 0: 0, rank 1: 1, rank 2: 1, rank 3: 1)",
             "mesh": (("replicate", "shard"), (2, 2), rank, 4),
         }
+
+
+def draws() -> list[tuple[float, float, float]]:
+    """What each of two seeds begins with, and the first of them once more."""
+    drawn = []
+    for seed in (1, 2, 1):
+        Environment(device="cpu", seed=seed)
+        drawn.append((random.random(), float(np.random.rand()), torch.rand(()).item()))
+    return drawn
+
+
+def test_a_seed_and_a_rank_decide_what_is_drawn():
+    ranks = run_ranks(2, draws)
+    for one, two, again in ranks:
+        assert one == again
+        assert set(one).isdisjoint(two)
+    assert set(ranks[0][0]).isdisjoint(ranks[1][0])
