@@ -51,6 +51,7 @@ class LocalStep:
         # Taken now, before a checkpoint is loaded: on a resume the config's learning rate wins.
         self.peak_lrs = [float(group["lr"]) for group in optimizer.param_groups]
         self.lr = float(optimizer.defaults["lr"])
+        schedule(0)  # one that has no room for its parts says so here, not when the run has begun
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.clip = GradientClip(parameters, max_grad_norm)
         self.watch = FiniteWatch(optimizer, self.device)
