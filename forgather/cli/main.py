@@ -3,15 +3,18 @@
 Nothing but the table of commands is imported before the command is known, so that help is instant.
 """
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
 
 from forgather.cli.commands import COMMANDS
-from forgather.errors import EXIT_OK, ForgatherError
+from forgather.errors import EXIT_OK, EXIT_USER, ForgatherError
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 USAGE = "usage: forgather [-p DIR] [-t CONFIG] COMMAND [flags] [key.path=value ...]"
 HELP = """
@@ -35,29 +38,70 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        code = _run_as_rank(arguments) if "RANK" in os.environ else _dispatch(arguments)
+        code = _run_as_rank(arguments) if "RANK" in os.environ else _run(arguments)
         sys.stdout.flush()
     except ForgatherError as error:
         from forgather.cli.terminal import print_error
 
         print_error(error)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _drop_output()
         return error.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # The reader (`| head`) has gone. Python flushes stdout once more on its way out: give it somewhere to write.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader (`| head`) has gone
+        _drop_output()
         return EXIT_BROKEN_PIPE
+    except OSError as error:  # from the last flush alone: `_run` tells of all others
+        if error.errno not in _FULL:
+            raise
+        from forgather.cli.terminal import print_error
+
+        _drop_output()
+        print_error(_full(error))
+        return EXIT_USER
     return code
+
+
+def _drop_output() -> None:
+    """Let stdout lead nowhere: nobody takes what it holds, and Python flushes it once more on its way out."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _full(error: OSError) -> ForgatherError:
+    where = repr(str(error.filename)) if error.filename else "the output"
+    return ForgatherError(f"{where} cannot be written: {error.strerror}", fix="make room on its disk")
+
+
+def _run(arguments: Sequence[str]) -> int:
+    """Run a command; what the user can mend leaves as a ForgatherError, all else is a defect of ours."""
+    try:
+        return _dispatch(arguments)
+    except (ForgatherError, BrokenPipeError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            raise _full(error) from error
+        if not hasattr(error, "__notes__"):
+            raise
+        from forgather.cli.blame import user_error
+
+        mendable = user_error(error)
+        if mendable is None:
+            raise
+        raise mendable from error
 
 
 def _run_as_rank(arguments: Sequence[str]) -> int:
     """One of several processes that torchrun started: they give one message between them, not one each."""
     from forgather.cli.terminal import print_error
-    from forgather.distributed.failure import OneMessage
+    from forgather.distributed.failure import OneMessage, check_rank_variables
 
+    check_rank_variables()
     with OneMessage(print_error):
-        return _dispatch(arguments)
+        return _run(arguments)
 
 
 def _dispatch(arguments: Sequence[str]) -> int:
@@ -82,6 +126,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
     name = arguments[place]
     if name not in COMMANDS:
         raise unknown("command", name, COMMANDS)
+    _require_working_directory()
     from forgather.cli.options import read_options
 
     options = read_options(name, [*before, *arguments[place + 1 :]], argv=arguments)
@@ -91,6 +136,14 @@ def _dispatch(arguments: Sequence[str]) -> int:
         _ = options.project  # a config of another kind is told before the command imports what takes seconds
     code: int = options.command.run(options)
     return code
+
+
+def _require_working_directory() -> None:
+    """Every path is read from it. Raises when it has been deleted."""
+    try:
+        os.getcwd()  # noqa: PTH109  (pathlib takes longer to import than the rest of this file)
+    except FileNotFoundError:
+        raise ForgatherError("the working directory has been deleted", fix="change to a folder that exists") from None
 
 
 def _place_of_command(arguments: Sequence[str]) -> int:

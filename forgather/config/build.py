@@ -29,6 +29,8 @@ from forgather.config.plain import fresh, is_plain
 from forgather.config.problems import problem
 from forgather.config.specs import import_spec
 
+_NOTE = "while building "
+
 
 class Frame:
     """What one call of a function has made so far; the outermost frame is the session's own."""
@@ -151,11 +153,16 @@ class Builder:
             yield
         except BaseException as error:
             # Only the innermost constructor's note: the chain names those around it.
-            if not any(note.startswith("while building ") for note in getattr(error, "__notes__", ())):
-                error.add_note(f"while building {' -> '.join(self.chain)}: {node.spec} ({node.place})")
+            if building_note(error) is None:
+                error.add_note(f"{_NOTE}{' -> '.join(self.chain)}: {node.spec} ({node.place})")
             raise
         finally:
             self.chain.pop()
+
+
+def building_note(error: BaseException) -> str | None:
+    """What was being built when `error` was raised: the chain of keys, SPEC and place. None outside of building."""
+    return next((note for note in getattr(error, "__notes__", ()) if note.startswith(_NOTE)), None)
 
 
 def bind_params(

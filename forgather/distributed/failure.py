@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from forgather.errors import EXIT_INTERNAL, ForgatherError
+from forgather.errors import EXIT_INTERNAL, DistributedError, ForgatherError
 
 FOLDER_VARIABLE = "FORGATHER_FAILURES"  # set by the launcher for its ranks
 
@@ -101,6 +101,15 @@ def first_failure(records: list[Failure], killed: Mapping[int, int], world_size:
             exit_code=EXIT_INTERNAL,
         )
     return records[0] if records else None
+
+
+def check_rank_variables() -> None:
+    """Raise a DistributedError unless the variables by which a launcher numbers its ranks hold numbers."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        text = os.environ.get(name, "0")
+        if not text.isdecimal():
+            fix = f"torchrun sets it; outside of torchrun, `unset {name}`"
+            raise DistributedError(f"the environment variable {name} is {text!r}, and no number of a rank", fix=fix)
 
 
 class OneMessage:

@@ -4,6 +4,7 @@ import os
 import pty
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -113,3 +114,34 @@ def test_errors_are_coloured_on_a_terminal_only(settings, project):
     assert (b"\033[31;1merror:\033[0m unknown command" in said) == (not settings)
     assert (b"\033" in said) == (not settings)
     assert b"\033" not in subprocess.run(command, cwd=project, stderr=subprocess.PIPE, check=False).stderr
+
+
+def test_a_rank_that_is_no_number_is_told(forgather, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        with monkeypatch.context() as patch:
+            patch.setenv("RANK", "0")
+            patch.setenv(name, "x")
+            done = forgather("targets")
+        assert done.code == 2
+        assert done.err.startswith(f"error: the environment variable {name} is 'x'")
+
+
+def test_a_deleted_working_directory_is_told(project, tmp_path):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    script = f"rmdir {gone}; exec {sys.executable} -m forgather ls"
+    done = subprocess.run(["sh", "-c", script], cwd=gone, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: the working directory has been deleted\n  fix: change to a folder that exists\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("unbuffered", [[], ["-u"]], ids=str)
+def test_output_to_a_full_disk_is_told(unbuffered, project):
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, *unbuffered, "-m", "forgather", "show"]
+        done = subprocess.run(command, cwd=project, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: the output cannot be written: No space left on device\n  fix: make room on its disk\n"
+    )
