@@ -5,7 +5,19 @@ from typing import TYPE_CHECKING
 from forgather.config.context import Reached
 from forgather.config.fold import fold
 from forgather.config.names import did_you_mean
-from forgather.config.nodes import Argument, Constant, KeyPath, NodeKey, Scope, Used, within
+from forgather.config.nodes import (
+    Argument,
+    Constant,
+    Container,
+    Entries,
+    KeyPath,
+    Node,
+    NodeKey,
+    Reference,
+    Scope,
+    Used,
+    within,
+)
 from forgather.config.paths import Step, format_path, parse_path
 from forgather.config.plain import index_plain
 from forgather.config.problems import Problems, problem
@@ -27,7 +39,7 @@ def reach(
             return Reached(Argument(key, place, function, name), len(steps) - 1, frozenset())
         function = function.parent
     if name in namespace.given:
-        return Reached(namespace.given[name], len(steps) - 1, frozenset())
+        return _inside(namespace.given[name], steps, place)
     if name in namespace.config.declarations:
         used = frozenset([Used(namespace.key, name, place)])
         namespace.read_parameters.add(name)
@@ -37,6 +49,33 @@ def reach(
     if root is None:
         raise _unknown(namespace, name, place, scope)
     return _descend(namespace, (name,), root, None, steps[1:], place, scope, in_expression=in_expression)
+
+
+def _inside(node: Node, steps: tuple[Step, ...], place: Place) -> Reached:
+    """What a path leads to in a given target: below data that was written, its parts; below objects, their own."""
+    used: set[Used] = set()
+    for position, step in enumerate(steps[1:], 1):
+        while isinstance(node, Reference):
+            used |= node.used
+            node = node.target
+        used |= node.used
+        shown = format_path(each.key for each in steps[:position])
+        if isinstance(node, Constant):
+            value = index_plain(node.value, (Step(shown), *steps[position:]), place)
+            return Reached(Constant(node.key, node.place, node.scope, value, frozenset(used)), 0, frozenset(used))
+        if isinstance(node, Entries):
+            below = dict(node.items).get(str(step.key)) if isinstance(step.key, str) else None
+            fix = did_you_mean(str(step.key), dict(node.items), what="its keys")
+        elif isinstance(node, Container) and node.kind != "values":  # how many Nones are dropped is known when built
+            is_item = isinstance(step.key, int) and -len(node.items) <= step.key < len(node.items)
+            below = node.items[step.key] if is_item else None  # type: ignore[index]  # is_item tells
+            fix = f"it has {len(node.items)} items; write {shown}[0] for the first"
+        else:
+            return Reached(node, len(steps) - position, frozenset(used))
+        if below is None:
+            raise problem(place, f"{shown!r}, given at {node.place}, has no {step.key!r}", fix=fix)
+        node = below
+    return Reached(node, 0, frozenset(used))
 
 
 def _unknown(namespace: "Namespace", name: str, place: Place, scope: Scope | None) -> Problems:

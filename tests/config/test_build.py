@@ -399,3 +399,45 @@ def test_overrides_of_a_set_that_say_two_things_are_refused(write: Callable[...,
 def test_a_long_chain_of_references_is_an_error_not_a_traceback(refused: Refused):
     text = "a0: 1\n" + "".join(f"a{number}: !ref a{number - 1}\n" for number in range(1, 500))
     assert "the chain of references through this place is too long" in refused("main: !ref a499\n" + text)
+
+
+INNER = """
+    k: {a: 1, b: [2, 3]}
+    early: ${k.a + k.b[1]}
+    late: ${k.a + extra.imag}
+    extra: !singleton:complex [0, 1]
+    part: !ref k.b
+    first: ${k["a"]}
+    """
+
+
+@pytest.mark.parametrize("given", ["{k: {a: 5, b: [6, 7]}}", "{k: !ref data }", "{k: !ref _p.k }", "{k: '${x}'}"])
+def test_parts_of_data_that_is_given_are_read_as_of_data_that_is_written(load: Load, given: str):
+    main = f"""
+        args: {{x: {{type: yaml, default: {{a: 5, b: [6, 7]}}}}}}
+        data: {{a: 5, b: [6, 7]}}
+        _p: !project {{dir: ../other, set: {{k: {{a: 5, b: [6, 7]}}}}}}
+        _o: !project {{dir: ../other, with: {given}}}
+        main: [!ref _o.early , !ref _o.late , !ref _o.part , !ref _o.first ]
+        """
+    project = load(main, {"other/project.yaml": "default: main\n", "other/configs/main.yaml": INNER})
+    made: dict[str, Any] = {}
+    exec(project.code("main"), made)
+    assert project.build("main") == made["construct"]() == [12, 6.0, [6, 7], 5]
+
+
+def test_objects_among_given_data_keep_their_attributes(load: Load):
+    main = """
+        _o: !project {dir: ../other, with: {k: {a: !singleton:complex [5, 1], b: [1, 2]}}}
+        main: [!ref _o.attribute , !ref _o.item ]
+        wrong: !ref _o.wrong
+        """
+    inner = "k: null\nattribute: ${k.a.real}\nitem: ${k.b[-1]}\nwrong: ${k.bb}\n"
+    project = load(main, {"other/project.yaml": "default: main\n", "other/configs/main.yaml": inner})
+    made: dict[str, Any] = {}
+    exec(project.code("main"), made)
+    assert project.build("main") == made["construct"]() == [5.0, 2]
+    with pytest.raises(
+        ConfigError, match=r"'k', given at configs/main.yaml:2:40, has no 'bb'\n  fix: did you mean 'b'"
+    ):
+        project.build("wrong")
