@@ -83,8 +83,8 @@ def _why_closed(value: Value) -> tuple[str, str] | None:
         return f"!ref {root}", f"override {root!r}, the place it refers to"
     if value.tag is not None and value.tag.name == "symbol":
         return str(value.tag), "a symbol has no arguments: write !singleton:, !factory: or !partial: here"
-    if isinstance(value.content, str) and value.content.startswith("${") and not value.is_literal:
-        return value.content, "override the place that the expression reads"
+    if value.is_template:
+        return str(value.content), "override the place that the expression reads"
     return None
 
 

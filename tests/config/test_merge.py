@@ -111,6 +111,7 @@ def test_the_table(base: str, over: str, result: Any):
     [
         ("{a: !ref b}", "{a: {x: 1}}", "'a' is !ref b"),
         ("{a: '${b}'}", "{a: {x: 1}}", "'a' is ${b}"),
+        ("{a: 'x${b}'}", "{a: {x: 1}}", "'a' is x${b}"),
         ("{a: !symbol:b:C }", "{a: {x: 1}}", "'a' is !symbol:b:C"),
         ("{}", "{a: !delete }", "!delete of 'a', but nothing is there"),
         ("{a: {}}", "{a: {b: !delete }}", "!delete of 'a.b', but nothing is there"),
