@@ -30,6 +30,7 @@ class Declaration(NamedTuple):
     min: float | None = None
     max: float | None = None
     help: str = ""
+    bounded: Place | None = None  # where a file changed what values are accepted, and left the default as it was
 
 
 class Parameter(NamedTuple):
@@ -72,8 +73,12 @@ def declare(declarations: dict[str, Declaration], args: MappingValue | None, pro
                 problems.add(value.place, f"{value.tag} in args: parameters are plain data", fix="make it a target")
         elif isinstance(value, MappingValue):
             declarations[key] = _declaration(known or Declaration(str(key), key.place), value, problems)
+            if "default" in value:
+                declarations[key] = declarations[key]._replace(bounded=None)
+            elif known is not None and any(name in value for name in ("type", "choices", "min", "max")):
+                declarations[key] = declarations[key]._replace(bounded=key.place)
         elif known is not None:
-            declarations[key] = known._replace(default=value)
+            declarations[key] = known._replace(default=value, bounded=None)
         elif isinstance(value, Scalar) and value.content is None:
             fix = f"write {key}: {{type: int?, default: null}}, with the type it has when it is not null"
             problems.add(value.place, f"null does not tell the type of {str(key)!r}", fix=fix)

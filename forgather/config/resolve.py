@@ -107,7 +107,8 @@ class Namespace:
             place = declaration.default.place
             with self.context.entered(NodeKey(self.key, ("args", name)), place):
                 value = self.plain_at(("args", name, "default"), declaration.default, "a parameter's default")[0]
-        value = accept(declaration, value, place)
+        is_default = name not in self.arguments
+        value = accept(declaration, value, declaration.bounded if is_default and declaration.bounded else place)
         return self.resolve_path(place, value) if declaration.type == "path" and isinstance(value, str) else value
 
     def parameter_place(self, name: str) -> Place | None:

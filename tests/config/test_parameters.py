@@ -152,3 +152,16 @@ def test_all_that_is_wrong_with_declarations_is_told(refused: Refused):
     assert "configs/main.yaml:1:33: !ref where plain data is asked for" in said
     assert "unknown type 'foo'" in said
     assert "no value of 'c' is at least 5 and at most 1" in said
+
+
+def test_a_default_that_no_longer_fits_is_told_where_it_was_made_so(write: Callable[..., Path]):
+    base = "args:\n  x: {type: str, default: many}\nmain: ${x}\n"
+    main = "extends: base.yaml\nargs:\n  x: {type: int}\n"
+    root = write(base=base, main=main)
+    with pytest.raises(ConfigError, match=r"configs/main.yaml:3:3: 'x' is of type int, not 'many'"):
+        Project(root).check()
+    write(main=main.replace("int", "int, default: x"))
+    with pytest.raises(ConfigError, match=r"configs/main.yaml:3:27: 'x' is of type int, not 'x'"):
+        Project(root).check()
+    with pytest.raises(ConfigError, match=r"^--x: 'x' is of type int"):
+        Project(root, args={"x": "y"}).check()
