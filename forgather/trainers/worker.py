@@ -51,6 +51,8 @@ def run_worker(project: Project, *, fresh: bool = False, dry_run: bool = False, 
             return EXIT_OK
         return EXIT_RESUMABLE if trainer.run() is Outcome.STOPPED else EXIT_OK
     finally:
+        if dry_run:
+            run.discard_unused()
         run.close()
         # Leaving the group waits for nobody, unless this rank fails alone: then the process ends with its error.
         if sys.exc_info()[0] is None:

@@ -88,7 +88,7 @@ def test_a_run_is_trained_found_finished_and_continued(folder, capsys):
     assert run_worker(Project(folder, args=name)) == EXIT_OK
     printed = capsys.readouterr().out
     for words in (
-        "parameters  9,200",
+        "parameters  2,448",
         "tokens      64 a step x 4 steps",
         "not sharded, fp32",
         "linear cross-entropy",
@@ -128,7 +128,23 @@ def test_a_dry_run_does_all_but_train(folder, capsys):
     printed = capsys.readouterr().out
     assert "not sharded, bf16" in printed
     assert "nothing was trained" in printed
-    assert not list((folder / "runs" / "dry" / "checkpoints").iterdir())
+    assert not (folder / "runs" / "dry").exists()
+
+    # A run that is there stays, and another one beside it leaves no folder.
+    name = {"run_name": "tried"}
+    assert run_worker(Project(folder, args=name | {"steps": 1})) == EXIT_OK
+    kept = sorted((folder / "runs" / "tried").rglob("*"))
+    for fresh in (False, True):
+        assert run_worker(Project(folder, args=name), dry_run=True, fresh=fresh) == EXIT_OK
+    assert [path.name for path in (folder / "runs").glob("tried*")] == ["tried"]
+    assert set(kept) <= set((folder / "runs" / "tried").rglob("*"))
+
+
+def test_a_warm_up_longer_than_the_run_is_told_before_anything_is_said_or_made(folder, capsys):
+    with pytest.raises(ConfigError, match="the schedule has warmup 9 steps, but the run has 4"):
+        run_worker(Project(folder, args={"run_name": "warm", "warmup": 9}))
+    assert capsys.readouterr().out == ""
+    assert not (folder / "runs" / "warm").exists()
 
 
 def test_a_stale_package_stops_a_run_until_it_is_refreshed(folder):
