@@ -4,6 +4,7 @@ The root of a file is split here: `extends` and `description` belong to the file
 parameters, everything else is a target.
 """
 
+import re
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -18,6 +19,7 @@ from forgather.config.read import read_file
 from forgather.config.tree import Key, ListValue, MappingValue, Place, Scalar, Value, shown_path
 
 _ROOT_KEYS = ("extends", "description", "args")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z_0-9]*")
 
 
 class Document(NamedTuple):
@@ -61,10 +63,11 @@ class Loader:
         documents = [self._documents[each, library] for each in reversed(order)]
         declarations: dict[str, Declaration] = {}
         targets = MappingValue({}, documents[-1].place)
+        referred = _referred(documents)
         for document in documents:
             declare(declarations, document.args, problems)
             if document.parents:
-                _refuse_near_misses(targets, document.targets, problems)
+                _refuse_near_misses(targets, document.targets, referred, problems)
             merged = merge(targets, document.targets, (), problems)
             assert isinstance(merged, MappingValue), "a mapping into a mapping is one"
             targets = merged
@@ -195,13 +198,43 @@ def _parents(value: Value | None, library: tuple[Path, ...], problems: Collector
     return parents
 
 
-def _refuse_near_misses(base: MappingValue, over: MappingValue, problems: Collector) -> None:
-    """A new plain mapping beside one of nearly its name is a typo that would otherwise pass in silence."""
+def _refuse_near_misses(base: MappingValue, over: MappingValue, referred: set[str], problems: Collector) -> None:
+    """A new value at the root beside one of nearly its name is a typo that would otherwise pass in silence.
+
+    What is referred to is meant. Of values other than plain mappings, private ones are, and lists beside what is none.
+    """
     for key, value in over.items.items():
-        if key in base or value.tag is not None or not isinstance(value, MappingValue):
+        is_mapping = value.tag is None and isinstance(value, MappingValue)
+        is_said_new = value.tag is not None and value.tag.name in ("replace", "delete", "patch")
+        if key in base or key in referred or is_said_new or (key.startswith("_") and not is_mapping):
             continue
-        for known in base:
-            if known.startswith("_") == key.startswith("_") and known not in over and is_near(key, known):
-                fix = f"did you mean {str(known)!r}? If it is new, write {key}: !replace {{...}}"
+        for known, other in base.items.items():
+            is_alike = is_mapping or _is_list(value) == _is_list(other)
+            if known.startswith("_") == key.startswith("_") and known not in over and is_alike and is_near(key, known):
+                new = f"write {key}: !replace {{...}}" if is_mapping else "give it another name"
+                fix = f"did you mean {str(known)!r}? If it is new, {new}"
                 problems.add(key.place, f"{str(key)!r} is new here, and nearly {str(known)!r} ({known.place})", fix=fix)
                 break
+
+
+def _is_list(value: Value) -> bool:
+    return isinstance(value, ListValue) and not value.is_call
+
+
+def _referred(documents: Sequence[Document]) -> set[str]:
+    """Every name that a `!ref`, an expression or a `!code` of the files may mean."""
+    names: set[str] = set()
+    pending: list[tuple[Value, bool]] = [(document.targets, False) for document in documents]
+    pending += [(document.args, False) for document in documents if document.args is not None]
+    while pending:
+        value, is_code = pending.pop()
+        is_code = is_code or (value.tag is not None and value.tag.name == "code")
+        if isinstance(value, Scalar):
+            text = str(value.content)
+            if is_code or "${" in text or (value.tag is not None and value.tag.name == "ref"):
+                names.update(_NAME.findall(text))
+        elif isinstance(value, MappingValue):
+            pending += [(item, is_code) for item in value.items.values()]
+        elif isinstance(value, ListValue):
+            pending += [(item, is_code) for item in value.items]
+    return names

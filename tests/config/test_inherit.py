@@ -101,15 +101,21 @@ def test_roots_that_are_refused(write: Write, main: str, said: str):
         ("optimiser: {a: 2}", True),
         ("optimizers: {a: 2}", True),
         ("optimiser: !replace {a: 2}", False),
-        ("optimiser: !singleton:dict {a: 2}", False),
-        ("optimiser: 3", False),
+        ("optimiser: !singleton:dict {a: 2}", True),
+        ("optimiser: 3", True),
+        ("optimiser: !append {a: 2}", True),
+        ("optimiser: [1]", False),
+        ("optimiser: 3\nlayer: !ref optimiser", False),
+        ("optimiser: 3\nlayer: ${optimiser + 1}", False),
+        ("optimiser: 3\nlayer: !code {target: optimiser}", False),
         ("_optimizer: {a: 2}", False),
+        ("_layer: !singleton:dict", False),
         ("scheduler: {a: 2}", False),
         ("layer_3: {a: 2}", False),
     ],
 )
-def test_a_new_root_mapping_of_nearly_a_known_name(write: Write, main: str, is_refused: bool):
-    write(main=f"extends: base.yaml\n{main}", base="optimizer: {a: 1}\nlayer_2: {a: 1}")
+def test_a_new_root_value_of_nearly_a_known_name(write: Write, main: str, is_refused: bool):
+    write(main=f"extends: base.yaml\n{main}", base="optimizer: {a: 1}\nlayer_2: {a: 1}\n_layers: {a: 1}")
     if is_refused:
         with pytest.raises(ConfigError, match="did you mean 'optimizer'"):
             Project(".")
