@@ -36,6 +36,9 @@ class Declared:
             }
             if parameter.type == "bool":
                 group.add_argument(flag(name), action=argparse.BooleanOptionalAction, **settings)
+                if parameter.is_nullable:
+                    settings["help"] = f"make {flag(name)} null"
+                    group.add_argument(f"{flag(name)}=null", action="store_const", const=None, **settings)
             else:
                 choices = "{" + ",".join(map(_text, parameter.choices)) + "}" if parameter.choices else None
                 group.add_argument(flag(name), metavar=choices or name.upper(), **settings)

@@ -6,7 +6,15 @@ from pathlib import Path
 
 from forgather.cli.options import Options
 from forgather.cli.parser import CommandParser
-from forgather.config.files import PROJECT_FILE, ConfigSummary, find_project, list_configs, read_project
+from forgather.config.files import (
+    PROJECT_FILE,
+    ConfigSummary,
+    find_project,
+    list_configs,
+    named_folder,
+    read_project,
+    shipped_configs,
+)
 from forgather.config.project import Project
 from forgather.errors import EXIT_OK, ConfigError, ForgatherError
 
@@ -26,7 +34,7 @@ def configure(parser: CommandParser) -> None:
 def run(options: Options) -> int:
     """Print each project with its configs; a broken one hides no other."""
     if options.recursive:
-        folders = list(find_projects(Path(options.project_dir)))
+        folders = list(find_projects(named_folder(options.project_dir)))
         if not folders:
             raise ConfigError(
                 f"no project below {Path(options.project_dir).absolute()}", fix="name a folder with -p DIR"
@@ -50,8 +58,8 @@ def _describe(folder: Path, options: Options) -> str:
         project = read_project(folder)
         configs = list_configs(folder)
     except ForgatherError as error:
-        return f"{_shown(folder)}\n    broken: {_indented(error)}"
-    lines = [f"{project.name}  {project.description}".rstrip() + f"  ({_shown(folder)})"]
+        return f"{_named(folder, options)}\n    broken: {_indented(error)}"
+    lines = [f"{project.name}  {project.description}".rstrip() + f"  ({_named(folder, options)})"]
     width = max((len(_name(config)) for config in configs), default=0)
     for config in configs:
         mark = "*" if config.is_default else " "
@@ -89,6 +97,13 @@ def _short(count: int) -> str:
 
 def _name(config: ConfigSummary) -> str:
     return config.name.removesuffix(".yaml")
+
+
+def _named(folder: Path, options: Options) -> str:
+    """What -p takes: `lib:NAME` when it was asked for so."""
+    if options.project_dir.startswith("lib:") and folder.is_relative_to(shipped_configs()):
+        return f"lib:{folder.relative_to(shipped_configs()).as_posix()}"
+    return _shown(folder)
 
 
 def _shown(path: Path) -> str:

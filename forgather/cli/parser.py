@@ -94,6 +94,9 @@ def split(tokens: Sequence[str], flags: dict[str, bool], aliases: dict[str, str]
         if not token.startswith("-") or token == "-":
             (line.words if words and "=" in token else line.positionals).append(token)
             continue
+        if flags.get(token) is False:  # as a whole: `--x=null` is a flag of its own beside a nullable switch
+            line.flags.append((aliases.get(token, token), None))
+            continue
         name, equals, value = token.partition("=")
         if not token.startswith("--"):  # -o FILE, -oFILE, and -re for -r -e
             name, equals, value = token[:2], token[2:], token[2:].removeprefix("=")

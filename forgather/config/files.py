@@ -49,9 +49,18 @@ class ConfigSummary(NamedTuple):
     error: str | None
 
 
+def named_folder(name: str | Path) -> Path:
+    """The folder that the command line names: a path, or `lib:NAME` of the shipped configs, `lib:` for all."""
+    if not str(name).startswith("lib:"):
+        return Path(name)
+    below = str(name).removeprefix("lib:")
+    inner = shipped_configs() / "lib" / below
+    return inner if below and inner.is_dir() else shipped_configs() / below
+
+
 def find_project(start: str | Path = ".") -> Path:
-    """The nearest folder, from `start` upwards, that holds a project.yaml. Raises Problems."""
-    folder = Path(os.path.abspath(start))  # noqa: PTH100  (a link to a project is that project, under its own name)
+    """The nearest folder, from `start` upwards, that holds a project.yaml; `lib:NAME` is shipped. Raises Problems."""
+    folder = Path(os.path.abspath(named_folder(start)))  # noqa: PTH100  (a link to a project is that project, under its own name)
     fix = "run inside a project, name one with -p DIR, or make one: forgather project new DIR"
     if not folder.exists():
         siblings = [each.name for each in folder.parent.iterdir()] if folder.parent.is_dir() else []
@@ -63,6 +72,8 @@ def find_project(start: str | Path = ".") -> Path:
     for each in (folder, *folder.parents):
         if (each / PROJECT_FILE).is_file():
             return each
+    if str(start).startswith("lib:"):
+        fix = "name one of those that `forgather ls -r -p lib:` lists"
     raise problem(None, f"no {PROJECT_FILE} in {shown_path(folder)} or any folder above", fix=fix)
 
 

@@ -59,7 +59,7 @@ class Parameter(NamedTuple):
 def declare(declarations: dict[str, Declaration], args: MappingValue | None, problems: Collector) -> None:
     """Merges the `args` of one file into what its parents declared."""
     for key, value in args.items.items() if args is not None else ():
-        reason = why_no_name(key)
+        reason = why_no_name(key) or ("begins with _, and its flag with no letter" if key.startswith("_") else None)
         if reason is not None:
             problems.add(key.place, f"the parameter {str(key)!r} {reason}", fix="choose another name")
             continue

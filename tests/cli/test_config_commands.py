@@ -177,3 +177,14 @@ def test_a_project_that_cannot_be_made_leaves_nothing(arguments, said, forgather
     assert done.code == 2
     assert said in done.err
     assert sorted(project.iterdir()) == before
+
+
+def test_shipped_projects_are_found_from_anywhere(forgather):
+    listed = forgather("ls", "-r", "-p", "lib:")
+    assert listed.code == 0
+    assert "(lib:models/llama)" in listed.out
+    assert forgather("-p", "lib:models/llama", "-t", "4M", "targets").code == 0
+    assert forgather("ls", "-p", "lib:models/llama").out.startswith("llama")
+    done = forgather("ls", "-p", "lib:models/lama")
+    assert done.code == 2
+    assert "did you mean 'llama'?" in done.err

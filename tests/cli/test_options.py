@@ -188,3 +188,21 @@ def test_two_parameters_with_one_flag_are_refused_with_the_place(project, forgat
         assert done.code == 2
         assert "train.yaml:8:3: parameters 'no_tie' and 'tie' would both be --no-tie" in done.err
     assert "would both be --no-tie" in forgather("show", "--help").out
+
+
+def test_a_nullable_switch_has_a_flag_that_makes_it_null(project, forgather):
+    config = project / "configs" / "train.yaml"
+    config.write_text(config.read_text().replace("tie: {type: bool,", "tie: {type: bool?,"))
+    for flag, value in (("--tie=null", "null"), ("--no-tie", "false"), ("--tie", "true")):
+        done = forgather("show", flag, "main")
+        assert f"tie: {value}" in done.out, done.err
+    assert "--tie=null" in forgather("show", "--help").out
+    assert "--tie takes no value" in forgather("show", "--tie=maybe").err
+
+
+def test_a_parameter_whose_name_begins_with_an_underscore_is_refused(project, forgather):
+    config = project / "configs" / "train.yaml"
+    config.write_text(config.read_text().replace("  steps: 300\n", "  steps: 300\n  _p: 1\n"))
+    done = forgather("show")
+    assert done.code == 2
+    assert "train.yaml:6:3: the parameter '_p' begins with _" in done.err
