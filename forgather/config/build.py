@@ -5,6 +5,7 @@ writes does too: that is the reference, and a property test compares them.
 """
 
 import functools
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -26,10 +27,11 @@ from forgather.config.nodes import (
     Template,
 )
 from forgather.config.plain import fresh, is_plain
-from forgather.config.problems import problem
+from forgather.config.problems import problem, too_deep
 from forgather.config.specs import import_spec
 
 _NOTE = "while building "
+_MANY_LEVELS = 150  # a third to a half of what Python's recursion limit allows
 
 
 class Frame:
@@ -53,7 +55,13 @@ class Builder:
 
     def build(self, node: Node) -> Any:
         """The object of a node. What a constructor raises leaves with a note of place, SPEC and chain of keys."""
-        return self._visit(node, self.frame)
+        try:
+            return self._visit(node, self.frame)
+        except RecursionError as error:
+            levels = sum(frame.f_code.co_name == "_visit" for frame, _ in traceback.walk_tb(error.__traceback__))
+            if levels < _MANY_LEVELS:  # a constructor's own recursion
+                raise
+            raise too_deep(node.place) from None
 
     def _visit(self, node: Node, frame: Frame) -> Any:
         match node:

@@ -30,6 +30,7 @@ from forgather.config.nodes import (
     Template,
     walk,
 )
+from forgather.config.problems import too_deep
 from forgather.config.specs import Spec
 
 FUNCTION_NAME = "construct"
@@ -69,8 +70,14 @@ class Block:
 
 
 def emit(roots: list[Node], inputs: Iterable[str] = ()) -> str:
-    """The source of a module whose `construct(*inputs)` returns the roots' objects (one, or a list of several)."""
-    return _Emitter(roots, tuple(inputs)).module()
+    """The source of a module whose `construct(*inputs)` returns the roots' objects (one, or a list of several).
+
+    Raises Problems when the graph is too deep for Python to read.
+    """
+    try:
+        return _Emitter(roots, tuple(inputs)).module()
+    except RecursionError:
+        raise too_deep(roots[0].place) from None
 
 
 class _Emitter:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 
 from forgather.config.names import did_you_mean
 from forgather.config.nodes import Call, Function, Given, Node, NodeKey, Reference, Symbol
-from forgather.config.problems import problem
+from forgather.config.problems import problem, too_deep
 
 FORMATS = ("mermaid", "dot")
 
@@ -18,8 +18,11 @@ def draw(roots: list[Node], projects: Mapping[str, str], format: str = "mermaid"
         raise problem(None, f"unknown format {format!r}", fix=did_you_mean(format, FORMATS, what="formats"))
     drawing = _Drawing(projects)
     for root in roots:
-        for node, _ in _objects(root, ""):
-            drawing.add(node)
+        try:
+            for node, _ in _objects(root, ""):
+                drawing.add(node)
+        except RecursionError:
+            raise too_deep(root.place) from None
     return drawing.mermaid() if format == "mermaid" else drawing.dot()
 
 

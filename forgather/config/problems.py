@@ -47,6 +47,12 @@ def problem(place: Place | None, message: str, *, fix: str | None = None) -> Pro
     return Problems([Problem(place, message, fix)])
 
 
+def too_deep(place: Place) -> Problems:
+    """The error for objects inside of objects, or references to references, by the hundreds."""
+    message = "what is built here is too deep: hundreds of objects or references, one inside another"
+    return problem(place, message, fix="let one object take a list of the others, or build them in a loop of its own")
+
+
 class Collector:
     """Gathers problems so that work can go on to the next one."""
 

@@ -441,3 +441,27 @@ def test_objects_among_given_data_keep_their_attributes(load: Load):
         ConfigError, match=r"'k', given at configs/main.yaml:2:40, has no 'bb'\n  fix: did you mean 'b'"
     ):
         project.build("wrong")
+
+
+@pytest.mark.parametrize(
+    ("item", "make"),
+    [
+        ("!singleton:dict {x: !ref t%s }", lambda project: project.build("main")),
+        ("!singleton:dict {x: !ref t%s }", lambda project: project.code("main")),
+        ("[!ref t%s ]", lambda project: project.build("main")),
+        ("[!ref t%s ]", lambda project: project.code("main")),
+        ("[!ref t%s ]", lambda project: project.graph()),
+    ],
+)
+def test_a_graph_too_deep_for_python_is_told_with_a_place(load: Load, item: str, make: Callable[[Project], Any]):
+    lines = ["t0: !singleton:dict", *(f"t{i}: {item % (i - 1)}" for i in range(1, 900)), "main: !ref t899"]
+    project = load("\n".join(lines))
+    project.check()  # resolves in written order, which no depth hinders
+    with pytest.raises(ConfigError, match=r"configs/main.yaml:\d+:\d+: .* too (deep|long)"):
+        make(project)
+
+
+def test_the_recursion_of_a_constructor_is_its_own(load: Load):
+    project = load("main: !singleton:part.py:forever", {"configs/part.py": "def forever():\n    return forever()\n"})
+    with pytest.raises(RecursionError):
+        project.build("main")
