@@ -3,13 +3,14 @@
 Shapes: B blocks, L tokens.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from forgather.data.batch import NO_TARGET
 from forgather.data.shards import ShardSet
+from forgather.data.tokenizers import tokenizer_digest
 from forgather.errors import DataError
 
 
@@ -27,12 +28,14 @@ class PackedBlocks:
     The target of a block's last token is the first token of the next block, so no token is lost between blocks; the
     target of a document's last token is -100, because what follows belongs to another document. Positions count from
     0 at each document and at the start of the block. The end of the last block is filled up with padding that has no
-    targets and positions of its own.
+    targets and positions of its own. With `tokenizer`, that of the model, shards made by another one are refused.
     """
 
-    def __init__(self, shards: ShardSet, block_length: int) -> None:
+    def __init__(self, shards: ShardSet, block_length: int, tokenizer: Any = None) -> None:
         if block_length < 1:
             raise DataError(f"block_length is {block_length}", fix="set a positive length, for example 512")
+        if tokenizer is not None:
+            shards.require_tokenizer(tokenizer_digest(tokenizer))
         self.shards = shards
         self.block_length = block_length
 

@@ -173,5 +173,13 @@ class Trainer:
             coverage=coverage,
             output=str(self.checkpoints.run.dir),
             steps_done=self.steps_done,
-            notes=[f"batch: {self.data.describe()}", *self.step.describe()],
+            notes=[f"batch: {self.data.describe()}", *self.step.describe(), *self._describe_length()],
         )
+
+    def _describe_length(self) -> list[str]:
+        """A remark when rows are longer than the positions that the model was made for, as far as it says so."""
+        longest = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
+        length = self.data.blocks.block_length
+        if longest is None or length <= longest:
+            return []
+        return [f"length: rows of {length} tokens, but the model's max_position_embeddings is {longest}"]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from forgather import Project
-from forgather.errors import EXIT_OK, EXIT_RESUMABLE, ConfigError, ModelError, TrainingError
+from forgather.errors import EXIT_OK, EXIT_RESUMABLE, ConfigError, DataError, ModelError, TrainingError
 from forgather.metrics.sinks import read_rows
 from forgather.trainers.worker import run_worker
 
@@ -182,3 +182,23 @@ def test_a_main_of_another_kind_is_refused(folder):
         run_worker(Project(folder, "other"), fresh=True)
     with pytest.raises(ConfigError, match="has no target `package`, which --refresh-model needs"):
         run_worker(Project(folder, "other"), refresh_model=True)
+
+
+def test_data_made_by_another_tokenizer_are_refused(folder):
+    (folder / "configs" / "mismatch.yaml").write_text(
+        "extends: train.yaml\ndataset_project: {with: !replace {tokenizer: !ref other.main }}\n"
+        "other: !project\n  dir: lib:tokenizers/char\n  args: {vocab_size: 8}\n  set: {sources: !replace {text: "
+        "!singleton:forgather.data.sources:TextFiles {path: '${join(project.dir, ''text'')}', include: ['0.txt']}}}\n"
+    )
+    with pytest.raises(DataError, match="was made by tokenizer .* but the tokenizer in use is"):
+        run_worker(Project(folder, "mismatch"))
+
+
+def test_rows_longer_than_the_positions_of_the_model_are_remarked_on(folder, capsys):
+    project = Project(
+        folder,
+        args={"run_name": "long", "block_length": 32},
+        set={"model_project.args.max_position_embeddings": 16, "model_project.args.model_name": "short"},
+    )
+    assert run_worker(project, dry_run=True) == EXIT_OK
+    assert "rows of 32 tokens, but the model's max_position_embeddings is 16" in capsys.readouterr().out
