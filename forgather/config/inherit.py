@@ -5,7 +5,7 @@ parameters, everything else is a target.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
@@ -65,6 +65,8 @@ class Loader:
         targets = MappingValue({}, documents[-1].place)
         referred = _referred(documents)
         for document in documents:
+            if document.parents:
+                _refuse_unread_near_misses(declarations, document.args, referred, problems)
             declare(declarations, document.args, problems)
             if document.parents:
                 _refuse_near_misses(targets, document.targets, referred, problems)
@@ -215,6 +217,20 @@ def _refuse_near_misses(base: MappingValue, over: MappingValue, referred: set[st
                 fix = f"did you mean {str(known)!r}? If it is new, {new}"
                 problems.add(key.place, f"{str(key)!r} is new here, and nearly {str(known)!r} ({known.place})", fix=fix)
                 break
+
+
+def _refuse_unread_near_misses(
+    known: Mapping[str, Declaration], args: MappingValue | None, referred: set[str], problems: Collector
+) -> None:
+    """A new parameter that nothing reads, beside one of nearly its name: the run would take the other's default."""
+    for key, value in args.items.items() if args is not None else ():
+        if key in known or key in referred or value.tag is not None:
+            continue
+        near = next((name for name in known if name not in args.items and is_near(key, name)), None)
+        if near is not None:
+            fix = f"did you mean {near!r}? If it is new, read it somewhere: ${{{key}}}"
+            message = f"the parameter {str(key)!r} is new here, nothing reads it, and it is nearly {near!r}"
+            problems.add(key.place, f"{message} ({known[near].place})", fix=fix)
 
 
 def _is_list(value: Value) -> bool:

@@ -34,7 +34,7 @@ def is_near(a: str, b: str) -> bool:
     if a.strip("0123456789") == b.strip("0123456789"):
         return False
     limit = max(1, min(len(a), len(b)) // 4)
-    if abs(len(a) - len(b)) > limit:
+    if abs(len(a) - len(b)) > limit or limit >= min(len(a), len(b)):  # any letter is one edit from any other
         return False
     a, b = a.lower(), b.lower()
     # An edit changes at most one letter on either side. This costs a hundredth of counting the edits.

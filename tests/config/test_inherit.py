@@ -123,6 +123,27 @@ def test_a_new_root_value_of_nearly_a_known_name(write: Write, main: str, is_ref
         Project(".")
 
 
+@pytest.mark.parametrize(
+    ("main", "is_refused"),
+    [
+        ("args: {stpes: 10}", True),
+        ("args: {stpes: {type: int, default: 10}}", True),
+        ("args: {stpes: 10, steps: 20}", False),
+        ("args: {stpes: 10}\nmain: {steps: '${stpes}'}", False),
+        ("args: {stpes: 10}\nmain: {steps: !ref stpes }", False),
+        ("args: {stpes: 10, warmup: '${stpes - 1}'}", False),
+        ("args: {warmup: 10}", False),
+    ],
+)
+def test_a_new_parameter_of_nearly_a_known_name_that_nothing_reads(write: Write, main: str, is_refused: bool):
+    write(main=f"extends: base.yaml\n{main}", base="args: {steps: 300}\nmain: {steps: '${steps}'}")
+    if is_refused:
+        with pytest.raises(ConfigError, match=r"configs/main.yaml:2:8: .* nearly 'steps'.*\n.*did you mean 'steps'"):
+            Project(".")
+    else:
+        Project(".")
+
+
 def test_the_files_that_demand_an_order_are_named(write: Write):
     write(
         a="x: 1",
