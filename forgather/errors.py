@@ -7,6 +7,7 @@ defect and leaves with a traceback and `EXIT_INTERNAL`.
 EXIT_OK = 0
 EXIT_INTERNAL = 1
 EXIT_USER = 2
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, as shells report it: whoever read the output (`| head`) has gone
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: the run was interrupted, and the same command continues it
 
 

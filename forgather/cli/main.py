@@ -9,10 +9,9 @@ import sys
 from collections.abc import Sequence
 
 from forgather.cli.commands import COMMANDS
-from forgather.errors import EXIT_OK, EXIT_USER, ForgatherError
+from forgather.errors import EXIT_BROKEN_PIPE, EXIT_OK, ForgatherError
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
-EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -38,8 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        code = _run_as_rank(arguments) if "RANK" in os.environ else _run(arguments)
-        sys.stdout.flush()
+        return _run_as_rank(arguments) if "RANK" in os.environ else _run(arguments)
     except ForgatherError as error:
         from forgather.cli.terminal import print_error
 
@@ -51,18 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader (`| head`) has gone
+    except BrokenPipeError:
         _drop_output()
         return EXIT_BROKEN_PIPE
-    except OSError as error:  # from the last flush alone: `_run` tells of all others
-        if error.errno not in _FULL:
-            raise
-        from forgather.cli.terminal import print_error
-
-        _drop_output()
-        print_error(_full(error))
-        return EXIT_USER
-    return code
 
 
 def _drop_output() -> None:
@@ -78,7 +67,9 @@ def _full(error: OSError) -> ForgatherError:
 def _run(arguments: Sequence[str]) -> int:
     """Run a command; what the user can mend leaves as a ForgatherError, all else is a defect of ours."""
     try:
-        return _dispatch(arguments)
+        code = _dispatch(arguments)
+        sys.stdout.flush()  # here, so that what cannot be written is told like every other failure
+        return code
     except (ForgatherError, BrokenPipeError):
         raise
     except Exception as error:

@@ -5,6 +5,7 @@ that failed first, and nothing else. Without our launcher (plain torchrun) the r
 them failed first, and that one prints. Nothing here imports torch before something has failed.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -20,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from forgather.errors import EXIT_INTERNAL, DistributedError, ForgatherError
+from forgather.errors import EXIT_BROKEN_PIPE, EXIT_INTERNAL, DistributedError, ForgatherError
 
 FOLDER_VARIABLE = "FORGATHER_FAILURES"  # set by the launcher for its ranks
 
@@ -44,6 +45,9 @@ class Failure:
     def of(cls, error: BaseException) -> Self:
         """The failure of this rank by `error`."""
         user = error if isinstance(error, ForgatherError) else None
+        if isinstance(error, BrokenPipeError):  # nobody's mistake, and there is nobody to tell
+            user = ForgatherError("whoever read the output has gone")
+            user.exit_code = EXIT_BROKEN_PIPE
         return cls(
             rank=int(os.environ["RANK"]),
             world_size=int(os.environ.get("WORLD_SIZE", "1")),
@@ -128,12 +132,13 @@ class OneMessage:
         folder = os.environ.get(FOLDER_VARIABLE)
         if folder is not None:
             failure.write(Path(folder))
-        elif _is_first():
+        elif failure.exit_code != EXIT_BROKEN_PIPE and _is_first():
             if failure.traceback is not None:
                 print(failure.traceback, file=sys.stderr)
             self.print_error(failure.error())
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # that it cannot be written may be the failure
+                stream.flush()
         # At once: the peers wait in collectives until torchrun sees this process end, and taking down a process group
         # whose peers are lost can hang or shout.
         os._exit(failure.exit_code)

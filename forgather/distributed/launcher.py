@@ -21,7 +21,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from forgather.distributed.failure import FOLDER_VARIABLE, Failure, first_failure, read_failures
-from forgather.errors import EXIT_INTERNAL, EXIT_OK, EXIT_RESUMABLE, DistributedError, ForgatherError
+from forgather.errors import EXIT_BROKEN_PIPE, EXIT_INTERNAL, EXIT_OK, EXIT_RESUMABLE, DistributedError, ForgatherError
 
 # With any of these the ranks meet as the user says, not on a free port of this host.
 _RENDEZVOUS = ("--nnodes", "--rdzv", "--master", "--node-rank", "--node_rank", "--standalone")
@@ -105,6 +105,8 @@ def _end(folder: Path, failed: ChildFailedError, world_size: int) -> int:
     if failure.exit_code == EXIT_INTERNAL:
         raise _internal(failure, folder)
     shutil.rmtree(folder)
+    if failure.exit_code == EXIT_BROKEN_PIPE:
+        return EXIT_BROKEN_PIPE
     raise failure.error()
 
 

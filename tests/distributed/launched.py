@@ -44,6 +44,14 @@ def _body(what: str, rank: int, folder: Path) -> None:
         _wait_for(folder / "failing")
         time.sleep(0.02)
         raise RuntimeError("Connection closed by peer")
+    elif what == "no reader":
+        if rank == 0:
+            raise BrokenPipeError
+        time.sleep(60)
+    elif what == "full disk":
+        os.dup2(os.open("/dev/full", os.O_WRONLY), sys.stdout.fileno())
+        print("what cannot be written")
+        raise DataError("the corpus is empty", fix="give it a file")
     elif what == "exit 75":
         sys.exit(75)
     elif what == "wait":

@@ -125,6 +125,18 @@ def test_a_rank_that_can_be_resumed_says_so_by_its_exit_code(tmp_path):
     assert launched.err == ""
 
 
+def test_a_reader_that_leaves_is_not_an_error(tmp_path):
+    launched = Launched("no reader", tmp_path)
+    assert (launched.end(), launched.err, launched.left()) == (141, "", [])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_output_that_cannot_be_written_hides_no_error(tmp_path):
+    launched = Launched("full disk", tmp_path)
+    assert launched.end() == 2
+    assert re.fullmatch("error: rank [01] of 2: the corpus is empty\n  fix: give it a file\n", launched.err)
+
+
 def test_a_wrong_argument_of_torchrun_is_a_user_error(tmp_path):
     launched = Launched("succeed", tmp_path, extra=["--max-restart-s", "1"])
     assert launched.end() == 2
