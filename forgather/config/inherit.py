@@ -223,7 +223,9 @@ def _refuse_unread_near_misses(
     known: Mapping[str, Declaration], args: MappingValue | None, referred: set[str], problems: Collector
 ) -> None:
     """A new parameter that nothing reads, beside one of nearly its name: the run would take the other's default."""
-    for key, value in args.items.items() if args is not None else ():
+    if args is None:
+        return
+    for key, value in args.items.items():
         if key in known or key in referred or value.tag is not None:
             continue
         near = next((name for name in known if name not in args.items and is_near(key, name)), None)

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from forgather.errors import DataError
 
+# Who writes a config may have set the path by a parameter, and who reads the error knows that alone.
+_WHERE = "the path given to the source (TextFiles, JsonLines, Parquet), a parameter such as --text-path"
+
 
 def list_files(path: Path, include: Sequence[str], exclude: Sequence[str] = ()) -> list[Path]:
     """The files that match; a path that is a file is that file. DataError when nothing is there or matches.
@@ -17,7 +20,7 @@ def list_files(path: Path, include: Sequence[str], exclude: Sequence[str] = ()) 
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise DataError(f"no such file or folder: {path}", fix="set the source's `path`")
+        raise DataError(f"no such file or folder: {path}", fix=f"make it, or change {_WHERE}")
     wanted = [_regex(pattern) for pattern in include]
     unwanted = [_regex(pattern) for pattern in exclude]
     pruned = [_regex(pattern.removesuffix("/**")) for pattern in exclude if pattern.endswith("/**")]
@@ -30,8 +33,9 @@ def list_files(path: Path, include: Sequence[str], exclude: Sequence[str] = ()) 
                 found.append(Path(folder) / name)
     if not found:
         raise DataError(
-            f"empty corpus: no file below {path} matches include {list(include)} and not exclude {list(exclude)}",
-            fix="set `path` to the folder of the corpus and `include` to its files, for example ['**/*.txt']",
+            f"empty corpus: no file below {path} matches include {list(include)} and not exclude {list(exclude)}; "
+            f"there {_shown(path)}",
+            fix=f"put files there, change {_WHERE}, or the patterns, for example include ['**/*.txt']",
         )
     for file in found:
         if not file.is_file():
@@ -40,6 +44,14 @@ def list_files(path: Path, include: Sequence[str], exclude: Sequence[str] = ()) 
                 fix=f"remove it, or leave it out with `exclude: ['**/{file.name}']`",
             )
     return sorted(found, key=lambda file: file.relative_to(path).as_posix())
+
+
+def _shown(folder: Path) -> str:
+    """What a folder holds, in a few words."""
+    names = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
+    if not names:
+        return "is nothing"
+    return f"are {', '.join(names[:5])}" + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
 
 
 def _refuse(error: OSError) -> None:

@@ -85,4 +85,8 @@ class PackedBlocks:
         stream = np.full((len(firsts), self.block_length + 1), self.shards.padding_id, np.int64)
         for row, first in enumerate(firsts.tolist()):
             self.shards.read(first, stream[row])
+        if stream.size:
+            self.shards.require_known(
+                stream
+            )  # once a batch: an id of no embedding would be an error far from its cause
         return stream

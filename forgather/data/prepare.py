@@ -178,7 +178,8 @@ class PreparedDataset:
         if not first:
             raise DataError(
                 f"empty corpus: source {name} has no document with text",
-                fix=f"set the path of source {name}, or leave the source out by setting it to null",
+                fix=f"put text into the files of source {name}, give it another path (a parameter such as --text-path),"
+                " or leave the source out by setting it to null",
             )
         if len(first) == 1 and self.validation_fraction:
             raise one_document_only(name)

@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 
 from forgather.errors import DataError
 
+_NO_VALIDATION = "set validation_fraction to 0 and train with `main.evaluation=null`"
+
 
 def split_documents(
     lengths: NDArray[np.int64], hashes: NDArray[np.uint64], fraction: float, name: str
@@ -29,7 +31,7 @@ def split_documents(
         raise DataError(
             f"source {name} is too small for a validation split of {fraction:g}: its {len(distinct)} distinct "
             f"documents hold {total:,} tokens, and {taken} of them would already be {tokens[taken - 1] / total:.0%}",
-            fix="give more documents, cut them with `separator`, or set validation_fraction to 0",
+            fix=f"give more documents, cut them with `separator`, or {_NO_VALIDATION}",
         )
     validates: NDArray[np.bool_] = inverse < taken
     return validates
@@ -50,7 +52,7 @@ def one_document_only(name: str) -> DataError:
     """The error for a source that cannot be split."""
     return DataError(
         f"source {name} has one document only, which cannot both train and validate",
-        fix="give more files, cut the file into documents with `separator`, or set validation_fraction to 0",
+        fix=f"give more files, cut the file into documents with `separator`, or {_NO_VALIDATION}",
     )
 
 

@@ -37,7 +37,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(
-            f"{folder} holds no prepared dataset: {MANIFEST} is missing", fix=_prepare_again(folder)
+            f"{folder} holds no prepared dataset: {MANIFEST} is missing",
+            fix="name a folder that `forgather dataset prepare` printed" + _prepared_below(folder),
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is damaged: {error}", fix=_prepare_again(folder)) from error
@@ -64,7 +65,8 @@ class ShardSet:
         if split not in self.manifest["splits"]:
             raise DataError(
                 f"{self.folder} has no {split} split, only {', '.join(self.manifest['splits'])}",
-                fix="prepare it with a validation_fraction above 0, for example 0.02",
+                fix="prepare it with a validation_fraction above 0, for example 0.02; "
+                "or, to do without, train with `main.evaluation=null`",
             )
         self._entry = self.manifest["splits"][split]
         self.num_tokens: int = self._entry["num_tokens"]
@@ -145,6 +147,16 @@ class ShardSet:
                 f"damaged, the checksum differs from the manifest's: {names}", fix=_prepare_again(self.folder)
             )
 
+    def require_known(self, tokens: NDArray[np.int64]) -> None:
+        """DataError when one of the tokens, which are at least one, is not in the vocabulary."""
+        largest = int(tokens.max())
+        if largest >= self.vocab_size:
+            raise DataError(
+                f"the {self.split} shards in {self.folder} are damaged: they hold the token {largest}, and the "
+                f"vocabulary has {self.vocab_size:,}; `forgather dataset inspect --verify` names the files",
+                fix=_prepare_again(self.folder),
+            )
+
     def require_tokenizer(self, digest: str) -> None:
         """DataError unless the tokens were made by the tokenizer with this digest (`tokenizers.tokenizer_digest`)."""
         if digest != self.tokenizer_digest:
@@ -182,6 +194,11 @@ def _checksum(path: Path) -> str:
         while piece := handle.read(2**22):
             state.update(piece)
     return state.hexdigest()
+
+
+def _prepared_below(folder: Path) -> str:
+    found = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST}"))
+    return f"; below this one: {', '.join(found[:3])}" + (", ..." if len(found) > 3 else "") if found else ""
 
 
 def _prepare_again(folder: Path) -> str:

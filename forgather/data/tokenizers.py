@@ -160,6 +160,13 @@ def _cached(
             short = f" of the {asked:,} asked for: the text holds no more" if asked and len(trained) < asked else ""
             print(f"  {len(trained):,} tokens{short}, in {final}", file=sys.stderr)
     # Loaded also by the process that has trained it, so that all processes hold what the files say.
+    try:
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            json.loads((final / file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"the tokenizer in {final} is damaged: {error}", fix=f"remove {final}: the same command trains it again"
+        ) from error
     return PreTrainedTokenizerFast.from_pretrained(final)
 
 
@@ -176,7 +183,10 @@ def _training_text(sources: Mapping[str, Source | None], max_bytes: int | None) 
                 if left <= 0:
                     break
     if not seen:
-        raise DataError("empty corpus: all documents are empty", fix="set the source's path to files with text")
+        raise DataError(
+            "empty corpus: all documents are empty",
+            fix="put text into the files, or give the source another path (a parameter such as --text-path)",
+        )
 
 
 def _begin_with(tokenizer: "Tokenizer", bos_token: str) -> None:

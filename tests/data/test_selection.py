@@ -77,7 +77,9 @@ def test_the_split_holds_its_fraction_and_does_not_depend_on_the_order():
 
 def test_what_cannot_be_split_is_an_error_with_a_way_out():
     one = np.array([7, 7]), np.array([1, 1], np.uint64)
-    with pytest.raises(DataError, match=r"one document only(.|\n)*validation_fraction to 0"):
+    with pytest.raises(
+        DataError, match=r"one document only(.|\n)*validation_fraction to 0 and train with `main.evaluation=null`"
+    ):
         split_documents(*one, 0.1, "source")
     assert not split_documents(*one, 0, "source").any()
     with pytest.raises(DataError, match=r"too small for a validation split of 0\.1"):

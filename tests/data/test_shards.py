@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forgather.data import shards as shards_module
+from forgather.data.packing import PackedBlocks
 from forgather.data.shards import MANIFEST, ShardSet
 from forgather.errors import DataError
 from tests.data.corpora import random_documents, write_shards
@@ -30,6 +31,21 @@ def test_any_range_over_any_shards(tmp_path_factory, first, count, shard_tokens)
     stream = list(range(100, 125))
     shards = write_shards(tmp_path_factory.mktemp("shards"), [stream], shard_tokens=shard_tokens)
     assert shards.tokens(first, first + count).tolist() == stream[first : first + count]
+
+
+def test_a_token_of_no_vocabulary_is_told_where_it_is_read(tmp_path):
+    shards = write_shards(tmp_path, [[1, 2, 3, 50303], [4, 50304]])
+    assert PackedBlocks(shards, 2)[0].input_ids.tolist() == [1, 2]
+    with pytest.raises(DataError, match=r"(?s)hold the token 50304.*vocabulary has 50,304.*fix: remove"):
+        PackedBlocks(shards, 2)[2]
+
+
+def test_a_folder_without_manifest_is_not_one_to_remove(tmp_path):
+    write_shards(tmp_path / "made-1", [[1, 2]])
+    with pytest.raises(DataError, match="holds no prepared dataset") as caught:
+        ShardSet(tmp_path)
+    assert "remove" not in str(caught.value)
+    assert "below this one: made-1" in str(caught.value)
 
 
 @pytest.mark.parametrize(("dtype", "largest"), [("uint16", 2**16 - 1), ("uint32", 2**32 - 1)])

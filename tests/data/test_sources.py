@@ -68,7 +68,10 @@ def test_what_is_not_utf8_is_named_with_its_offset(tmp_path):
 def test_an_empty_corpus_says_where_it_looked(tmp_path):
     with pytest.raises(DataError, match=r"empty corpus: no file below .* matches include \['\*\*/\*\.txt'\]"):
         TextFiles(tmp_path).digest()
-    with pytest.raises(DataError, match="no such file or folder"):
+    (tmp_path / "a.md").touch()
+    with pytest.raises(DataError, match=r"there are a\.md\n  fix: .*TextFiles.*such as --text-path"):
+        TextFiles(tmp_path).digest()
+    with pytest.raises(DataError, match=r"no such file or folder: .*\n  fix: make it, .*such as --text-path"):
         list(TextFiles(tmp_path / "nowhere").documents())
 
 

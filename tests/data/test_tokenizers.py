@@ -174,3 +174,13 @@ def test_bad_recipes(tmp_path):
         character(sources=corpus(tmp_path / "empty", ""), folder=tmp_path)
     with pytest.raises(DataError, match="not a fast tokenizer"):
         tokenizer_digest(object())
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_tokenizer_is_told_with_the_folder_to_remove(tmp_path, damage):
+    sources = corpus(tmp_path / "corpus", "abc")
+    character(sources=sources, folder=tmp_path)
+    (file,) = tmp_path.glob("char-*/tokenizer.json")
+    file.write_text(file.read_text()[:50]) if damage == "cut" else file.unlink()
+    with pytest.raises(DataError, match=f"is damaged: .*\n  fix: remove {file.parent}"):
+        character(sources=sources, folder=tmp_path)
