@@ -10,7 +10,14 @@ from forgather.errors import EXIT_OK
 SUMMARY = "Write a Hugging Face folder from a run or a checkpoint"
 NEEDS_CONFIG = False
 
-_DTYPES = ("float32", "bfloat16", "float16")
+_DTYPES = {
+    "float32": "float32",
+    "fp32": "float32",
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+    "float16": "float16",
+    "fp16": "float16",
+}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -33,7 +40,7 @@ def run(options: Options) -> int:
     from forgather.conversion.export import export
 
     size = num_bytes(options.max_shard_size)
-    dtype = getattr(torch, options.dtype) if options.dtype else None
+    dtype = getattr(torch, _DTYPES[options.dtype]) if options.dtype else None
     folder = export(Path(options.source), Path(options.destination), max_shard_bytes=size, dtype=dtype)
     files = sorted(folder.glob("*.safetensors"))
     written = sum(file.stat().st_size for file in files)

@@ -78,6 +78,15 @@ def candidates(source: Path) -> list[Path]:
     checkpoints = source / "checkpoints"
     if steps := saved_steps(checkpoints):
         return [checkpoints / step_name(step) for step in reversed(steps)]
+    if checkpoints.is_dir():
+        aside = sorted(entry.name for entry in checkpoints.glob("step-*.damaged*"))
+        why = (
+            f"all its checkpoints are damaged, and set aside: {', '.join(aside)}" if aside else "it has saved none yet"
+        )
+        every = "train until it saves one, which is every `save_every` steps and at the end"
+        raise CheckpointError(
+            f"the run {source} has no checkpoint to export: {why}", fix="continue its training" if aside else every
+        )
     runs = sorted(path.parent for path in source.glob("runs/*/checkpoints")) if source.is_dir() else []
     hint = f"; runs here: {', '.join(map(str, runs))}" if runs else ""
     raise CheckpointError(

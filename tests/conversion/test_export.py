@@ -108,6 +108,18 @@ def test_nothing_is_overwritten_and_nothing_half_done_stays(tmp_path: Path) -> N
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "package", "run"]
 
 
+def test_a_run_without_checkpoints_says_why(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="it has saved none yet"):
+        export(tmp_path / "run", tmp_path / "out")
+    (checkpoints / "step-00000001.damaged").mkdir()
+    with pytest.raises(
+        CheckpointError, match=r"all its checkpoints are damaged, and set aside: step-00000001\.damaged"
+    ):
+        export(tmp_path / "run", tmp_path / "out")
+
+
 def test_of_a_run_the_newest_whole_checkpoint_is_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = save_run(str(tmp_path / "run"), num_steps=2)
     first, second = (tmp_path / "run" / "checkpoints" / f"step-0000000{step}" for step in (1, 2))

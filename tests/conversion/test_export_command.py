@@ -13,7 +13,7 @@ from tests.conversion.test_export import save_run
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_run(str(tmp_path / "run"))
     run, out = str(tmp_path / "run"), str(tmp_path / "out")
-    assert main(["export", run, out, "--max-shard-size", "4KB", "--dtype", "bfloat16"]) == EXIT_OK
+    assert main(["export", run, out, "--max-shard-size", "4KB", "--dtype", "bf16"]) == EXIT_OK
     assert "weights in" in capsys.readouterr().out
     assert main(["export", run, out]) == EXIT_USER
     assert "already there" in capsys.readouterr().err
