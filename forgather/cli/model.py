@@ -84,7 +84,13 @@ def run(options: Options) -> int:
     if options.output_file is None:
         sys.stdout.write(text.lstrip("\n"))
     else:
-        Path(options.output_file).write_text(text.lstrip("\n"), encoding="utf-8")
+        try:
+            Path(options.output_file).write_text(text.lstrip("\n"), encoding="utf-8")
+        except OSError as error:
+            raise ModelError(
+                f"--output-file: {options.output_file} cannot be written: {error.strerror}",
+                fix="name a file in a folder that is there and can be written",
+            ) from error
     print(f"model package: {package.dir}", file=sys.stderr)
     for path in saved:
         print(f"weights: {path}", file=sys.stderr)

@@ -1,5 +1,6 @@
 """`forgather project new`: a folder that every other command works on at once."""
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -68,15 +69,19 @@ def configure(parser: CommandParser) -> None:
 def run(options: Options) -> int:
     """Write the project aside, see that each of its configs can be read, and rename it into place."""
     folder = Path(options.folder)
-    if folder.exists():
+    if os.path.lexists(folder):
         raise ConfigError(f"{folder} exists already, and nothing is overwritten", fix="choose another NAME")
     name = folder.absolute().name
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise ConfigError(f"{name!r} is no name for a project", fix="use letters, digits, '_', '-' and '.'")
-    folder.parent.mkdir(parents=True, exist_ok=True)
     # A sibling of the final folder, so that a path that leads out of it leads to the same place from here.
     made = folder.with_name(f".{name}.new")
-    made.mkdir()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        made.mkdir()
+    except OSError as error:
+        why = f"{error.strerror}: {error.filename}"
+        raise ConfigError(f"cannot make {folder}: {why}", fix="choose a folder that can be written") from error
     try:
         if options.source is None:
             _write(made, name)

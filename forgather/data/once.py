@@ -26,6 +26,12 @@ def made_once(folder: Path) -> Iterator[Path | None]:
         return
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"cannot make the folder {folder.parent}: {error.strerror}: {error.filename}",
+            fix="set another folder, one that can be written",
+        ) from error
+    try:
         with FileLock(folder.with_name(f".{folder.name}.lock")):
             if folder.is_dir():
                 yield None

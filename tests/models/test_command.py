@@ -79,7 +79,11 @@ def test_a_stale_package_is_a_note_and_refreshed_by_r(project: Path, capsys: pyt
         ("model --save-checkpoint --no-init-weights --device cpu construct", "undefined weights", "--no-init-weights"),
         ("model --dtype float7 construct", "unknown dtype 'float7'", "bfloat16"),
         ("model --device floppy construct", "unknown device 'floppy'", "cpu"),
-        ("model construct --num-attention-heads 3", "hidden_size 64 is not a multiple of num_attention_heads 3", ""),
+        (
+            "model construct --num-attention-heads 3",
+            "hidden_size 64 is not a multiple of num_attention_heads 3: a hidden_size of 60 or 66 would be",
+            "",
+        ),
         ("model construct --hidden-size many", "hidden", ""),
         ("model construct --attn-implementation guess", "invalid choice: 'guess'", ""),
         ("-t other model construct", "another kind", "-t"),
@@ -92,6 +96,11 @@ def test_bad_input(project: Path, capsys: pytest.CaptureFixture[str], line: str,
     assert message in re.sub(r"\s+", " ", printed.err)
     assert fix in printed.err.partition("fix:")[2]
     assert not (project / "output_models" / "small").exists()
+
+
+def test_a_report_that_cannot_be_written(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["model", "construct", "-o", "nowhere/x"]) == 2
+    assert "nowhere/x cannot be written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

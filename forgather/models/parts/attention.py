@@ -39,7 +39,12 @@ class Attention(nn.Module):
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if head_dim is None and hidden_size % num_heads:
-            raise ValueError(f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}")
+            step = 2 * num_heads  # rotary positions need an even number of channels a head
+            fitting = sorted({max(step, hidden_size // step * step), -(-hidden_size // step) * step})
+            raise ValueError(
+                f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}: "
+                f"a hidden_size of {' or '.join(map(str, fitting))} would be"
+            )
         if num_heads % num_kv_heads:
             raise ValueError(f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}")
         self.config = config
