@@ -38,5 +38,7 @@ def run(options: Options) -> int:
 def _check(project: Project) -> None:
     notes = project.check()
     print(f"{project.config_name}: ok")
+    if not project.targets():
+        print_warning(f"config {project.config_name!r} has no targets, so that there is nothing to build")
     for note in notes:
         print_warning(note)

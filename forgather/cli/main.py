@@ -7,9 +7,13 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from forgather.cli.commands import COMMANDS
 from forgather.errors import EXIT_BROKEN_PIPE, EXIT_OK, ForgatherError
+
+if TYPE_CHECKING:
+    from forgather.config.project import Project
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
@@ -124,9 +128,18 @@ def _dispatch(arguments: Sequence[str]) -> int:
     if options is None:  # --help was asked for, and given
         return EXIT_OK
     if getattr(options.command, "TARGETS", ()):
-        _ = options.project  # a config of another kind is told before the command imports what takes seconds
+        _note_output(options.project)  # and tells a config of another kind before what takes seconds is imported
     code: int = options.command.run(options)
     return code
+
+
+def _note_output(project: "Project") -> None:
+    """Say where outputs go when it is not where the next command, run elsewhere, would look for them."""
+    from forgather.config.files import is_installed
+
+    if project.output != project.dir and not is_installed(project.dir) and "RANK" not in os.environ:
+        where = f"outputs go below {project.output}: go on from there"
+        print(f"note: {project.dir} cannot be written, so {where}", file=sys.stderr)
 
 
 def _require_working_directory() -> None:

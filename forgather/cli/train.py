@@ -14,7 +14,7 @@ from forgather.distributed.failure import die_with_parent
 
 SUMMARY = "Train a model, or continue the run that is there"
 NEEDS_CONFIG = True
-TARGETS = ("main",)
+TARGETS = ("main", "environment")
 REST = "torchrun arguments"
 
 
@@ -23,7 +23,11 @@ def configure(parser: CommandParser) -> None:
     parser.add_argument(
         "--nproc", type=_count, metavar="N", help="ranks on this host (default: one a CUDA device, or 1 on CPU)"
     )
-    parser.add_argument("--fresh", action="store_true", help="open another run folder instead of continuing the run")
+    parser.add_argument(
+        "--fresh",
+        action="store_true",
+        help="open another run folder, such as train-2, instead of continuing; go on with that by --run-name train-2",
+    )
     parser.add_argument("--dry-run", action="store_true", help="do all but train: build, print the budget, stop")
     parser.add_argument(
         "-r",

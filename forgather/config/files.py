@@ -158,9 +158,13 @@ def reference_candidates(text: str, place: Place, library: Iterable[Path]) -> It
 
 def output_folder(project: Path) -> Path:
     """Where a project's outputs go: under it when it is writable and no part of an installation, else here."""
+    return project if not is_installed(project) and os.access(project, os.W_OK) else Path.cwd()
+
+
+def is_installed(project: Path) -> bool:
+    """Whether the folder is part of an installed package."""
     package = Path(__file__).resolve().parent.parent
-    is_installed = project.is_relative_to(package) or {"site-packages", "dist-packages"} & set(project.parts)
-    return project if not is_installed and os.access(project, os.W_OK) else Path.cwd()
+    return project.is_relative_to(package) or bool({"site-packages", "dist-packages"} & set(project.parts))
 
 
 def _normal(path: Path) -> Path:

@@ -38,6 +38,7 @@ args:
   mode: {type: str, default: fast, choices: [fast, slow]}
   options: {type: yaml, default: {a: 1}}
   out: {type: path, default: "${join(project.dir, 'out')}"}
+environment: {}
 numbers: [1, 2, 3]
 total: !singleton:sum [!ref numbers ]
 """

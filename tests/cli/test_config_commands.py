@@ -133,6 +133,40 @@ def test_check_notes_a_parameter_that_nothing_uses(forgather, project):
     assert "'idle'" in done.err
 
 
+def test_check_notes_a_config_without_targets(forgather, project):
+    (project / "configs" / "empty.yaml").write_text("")
+    done = forgather("check", "-t", "empty")
+    assert done.code == 0
+    assert "'empty.yaml' has no targets" in done.err or "'empty' has no targets" in done.err
+
+
+def test_a_main_that_is_no_run_is_of_another_kind(forgather, project):
+    (project / "configs" / "other.yaml").write_text("main: {a: 1}\n")
+    done = forgather("train", "-t", "other")
+    assert done.code == 2
+    assert "is of another kind" in done.err
+    assert "it has no environment" in done.err
+
+
+def test_a_project_that_cannot_be_written_is_told_where_its_outputs_go(forgather, project, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *_: False)
+    monkeypatch.chdir(tmp_path)
+    note = f"note: {project} cannot be written, so outputs go below {tmp_path}"
+    done = forgather("-p", str(project), "dataset", "prepare", "-t", "train")
+    assert note not in done.err, "it has no dataset"
+    (project / "configs" / "data.yaml").write_text(
+        "prepared: !singleton:types:SimpleNamespace {prepare: !symbol:int }\ntrain: 1\nvalidation: 1\n"
+    )
+    assert note in forgather("-p", str(project), "-t", "data", "dataset", "prepare").err
+    monkeypatch.undo()
+
+
+def test_a_new_project_where_none_can_be_made_is_told(forgather, project):
+    done = forgather("project", "new", "project.yaml/x")
+    assert done.code == 2
+    assert done.err.startswith("error: cannot make project.yaml/x: ")
+
+
 def test_a_new_project_passes_every_look_at_it(forgather, project, monkeypatch):
     done = forgather("project", "new", "sub/fresh")
     assert done.code == 0, done.err

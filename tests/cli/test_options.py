@@ -94,7 +94,7 @@ def test_the_selection_stands_before_or_after_the_command(before, forgather, pro
     selection = ["-p", "demo", "-t", "train.yaml"]
     done = forgather(*selection, "targets") if before else forgather("targets", *selection)
     assert done.code == 0, done.err
-    assert done.out.split() == ["main", "numbers", "total"]
+    assert done.out.split() == ["main", "environment", "numbers", "total"]
 
 
 @pytest.mark.parametrize(
