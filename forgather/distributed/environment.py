@@ -115,9 +115,7 @@ def _choose_device(device: str, local_rank: int) -> torch.device:
     if device != "cuda":
         raise DistributedError(f"device is {device!r}", fix="use auto, cpu or cuda")
     if not torch.cuda.is_available():
-        raise DistributedError(
-            "device is cuda, but this torch sees no CUDA device", fix="use --device cpu, or auto"
-        )
+        raise DistributedError("device is cuda, but this torch sees no CUDA device", fix="use --device cpu, or auto")
     if local_rank >= torch.cuda.device_count():
         raise DistributedError(
             f"local rank {local_rank} has no device of its own: this machine has {torch.cuda.device_count()}",

@@ -190,7 +190,7 @@ def test_data_made_by_another_tokenizer_are_refused(folder):
         "other: !project\n  dir: lib:tokenizers/char\n  args: {vocab_size: 8}\n  set: {sources: !replace {text: "
         "!singleton:forgather.data.sources:TextFiles {path: '${join(project.dir, ''text'')}', include: ['0.txt']}}}\n"
     )
-    with pytest.raises(DataError, match="was made by tokenizer .* but the tokenizer in use is"):
+    with pytest.raises(DataError, match=r"was made by tokenizer .* but the tokenizer in use is"):
         run_worker(Project(folder, "mismatch"))
 
 
