@@ -29,7 +29,7 @@ def made_once(folder: Path) -> Iterator[Path | None]:
     except OSError as error:
         raise DataError(
             f"cannot make the folder {folder.parent}: {error.strerror}: {error.filename}",
-            fix="grant access, or set another folder, one that can be written",
+            fix="set another folder, one that can be written, or grant access",
         ) from error
     try:
         with FileLock(folder.with_name(f".{folder.name}.lock")):
