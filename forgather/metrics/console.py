@@ -136,7 +136,8 @@ def _shown(name: str, value: float | str) -> str:
         return f"{name} {_printable(value)}"
     if name in _COLUMNS:
         return " ".join(_COLUMNS[name](value).split())  # without the padding: a row stands alone
-    return f"{name} {value:,.4g}"
+    # A count is shown whole: 16384 targets, not 1.638e+04.
+    return f"{name} {value:,.0f}" if float(value).is_integer() else f"{name} {value:,.4g}"
 
 
 def _is_long(value: float | str) -> bool:

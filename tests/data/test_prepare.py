@@ -115,7 +115,9 @@ def test_a_folder_that_may_not_be_written_is_named(tmp_path, tokenizer, monkeypa
 
     prepared = dataset(tmp_path / "out", tokenizer, {"text": texts(tmp_path / "corpus", 10)})
     monkeypatch.setattr(Path, "mkdir", refused)  # the tests may run as root, who may write anywhere
-    with pytest.raises(DataError, match=r"Permission denied: .*out(.|\n)*fix: set another folder, one that can be written"):
+    with pytest.raises(
+        DataError, match=r"Permission denied: .*out(.|\n)*fix: set another folder, one that can be written"
+    ):
         prepared.prepare()
 
 
