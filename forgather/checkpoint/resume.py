@@ -26,17 +26,20 @@ def changes(checkpoint: Checkpoint, *, config: str, world_size: int, mesh: Mappi
 
 
 def changed_keys(old: str, new: str) -> list[str]:
-    """`key.path: old -> new` for each value that differs between two resolved configurations."""
+    """`key.path: old -> new` for each value that differs between two resolved configurations.
+
+    An argument stands in every place that it reaches, so keys that changed in the same way share a line.
+    """
     before, after = _flat(old), _flat(new)
-    lines = []
+    keys: dict[str, list[str]] = {}  # by what happened to them
     for key in [*after, *(key for key in before if key not in after)]:
         if key not in before:
-            lines.append(f"{key}: added, {after[key]}")
+            keys.setdefault(f"added, {after[key]}", []).append(key)
         elif key not in after:
-            lines.append(f"{key}: removed, was {before[key]}")
+            keys.setdefault(f"removed, was {before[key]}", []).append(key)
         elif before[key] != after[key]:
-            lines.append(f"{key}: {before[key]} -> {after[key]}")
-    return lines
+            keys.setdefault(f"{before[key]} -> {after[key]}", []).append(key)
+    return [f"{', '.join(changed)}: {change}" for change, changed in keys.items()]
 
 
 class _AnyTag(yaml.SafeLoader):

@@ -1,5 +1,6 @@
 """What an unquoted YAML scalar means: the 1.2 core schema, and nothing that 1.1 readers took for something else."""
 
+import math
 import re
 
 from forgather.config.tree import Plain
@@ -23,7 +24,7 @@ _DATE = re.compile(r"[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}([Tt ].*)?")
 
 
 class AmbiguousScalarError(ValueError):
-    """Two readers of YAML would disagree. The message says what it might mean, `fix` what to write."""
+    """There is no safe reading. The message says what it might mean, `fix` what to write."""
 
     def __init__(self, message: str, fix: str) -> None:
         super().__init__(message)
@@ -31,7 +32,7 @@ class AmbiguousScalarError(ValueError):
 
 
 def read_plain(text: str) -> Plain:
-    """The value of an unquoted scalar. Raises AmbiguousScalarError where YAML versions disagree."""
+    """The value of an unquoted scalar. Raises AmbiguousScalarError where YAML versions disagree, or no float reaches."""
     if text in _NULL:
         return None
     if text in _BOOL:
@@ -42,11 +43,11 @@ def read_plain(text: str) -> Plain:
             raise AmbiguousScalarError(f"unquoted {text!r} is text or a bool", f"write {meant}, or '{text}' for text")
         return text
     if _INT.fullmatch(text):
-        return int(text) if len(text) < 4000 else float(text)
+        return int(text) if len(text) < 4000 else _finite(text)
     if _PREFIXED.fullmatch(text):
         return int(text, 0)
     if _FLOAT.fullmatch(text):
-        return float(text)
+        return _finite(text)
     if _INFINITE.fullmatch(text):
         return float("-inf") if text[0] == "-" else float("inf")
     if text in _NAN:
@@ -62,3 +63,13 @@ def read_plain(text: str) -> Plain:
     if _DATE.fullmatch(text):
         raise AmbiguousScalarError(f"unquoted {text} is text or a date", f"write '{text}' for text")
     return text
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        shown = text if len(text) < 40 else f"{text[:40]}..."
+        raise AmbiguousScalarError(
+            f"{shown} is beyond the largest float, 1.8e308", "write a smaller number, .inf, or quotes around text"
+        )
+    return number

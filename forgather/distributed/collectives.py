@@ -88,13 +88,12 @@ def failing_together() -> Iterator[None]:
             raise DistributedError(f"rank {number} failed ({cause})")
 
 
-def require_equal(what: str, value: str) -> None:
+def require_equal(
+    what: str, value: str, *, fix: str = "start every rank with the same command, project files and environment"
+) -> None:
     """Raise DistributedError on every rank unless all pass the same `value`; the error names who differs."""
     values = gather_objects(value)
     differing = [number for number, other in enumerate(values) if other != values[0]]
     if differing:
         shown = ", ".join(f"rank {number}: {values[number]}" for number in [0, *differing[:4]])
-        raise DistributedError(
-            f"{what} is not the same on all ranks ({shown})",
-            fix="start every rank with the same command, project files and environment",
-        )
+        raise DistributedError(f"{what} is not the same on all ranks ({shown})", fix=fix)

@@ -27,10 +27,14 @@ def run_worker(project: Project, *, fresh: bool = False, dry_run: bool = False, 
         # Whoever comes first rebuilds it, under the package's lock; the others find it equal.
         session.build("package").write(refresh=True)
     trainer = _build(project, session, fresh)
-    # A corpus is each machine's own, and two machines may well differ.
-    require_equal("the training data", trainer.data.fingerprint)
     run = trainer.checkpoints.run
     try:
+        # A corpus is each machine's own, and two machines may well differ.
+        require_equal(
+            "the training data",
+            trainer.data.fingerprint,
+            fix="copy the prepared folder from one machine to the others, or let all read the same text",
+        )
         run.describe("config.yaml", project.show())
         checkpoint = trainer.resume()
         if trainer.steps_done >= trainer.steps:

@@ -36,6 +36,11 @@ def test_changed_added_and_removed_keys() -> None:
     ]
 
 
+def test_keys_that_changed_in_the_same_way_share_a_line() -> None:
+    old = "args: {steps: 100}\nschedule: {steps: 100}\nmain: {steps: 100, every: 10}\n"
+    assert changed_keys(old, old.replace("100", "200")) == ["args.steps, schedule.steps, main.steps: 100 -> 200"]
+
+
 def test_nothing_changed() -> None:
     assert changed_keys(OLD, OLD) == []
 

@@ -80,6 +80,12 @@ def test_what_yaml_1_1_reads_differently_is_refused_unless_quoted(text: str):
     assert plain_data(root) == {"a": text, "b": text}  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("text", ["1e400", "-1e400", "9" * 5000])
+def test_a_number_beyond_the_largest_float_is_refused(text: str):
+    with pytest.raises(AmbiguousScalarError, match="beyond the largest float"):
+        read_plain(text)
+
+
 def test_keys_are_text():
     assert plain_data(read("y: 1\n1: 2\nnull: 3\n", "f")) == {"y": 1, "1": 2, "null": 3}  # type: ignore[arg-type]
 
