@@ -52,6 +52,8 @@ def initialize(model: nn.Module, rules: InitRules, seed: int) -> None:
         module, attribute = owners[name]
         if initializer.fill is None:
             _draw_by_module(module, attribute, f"{seed}\0{name}")
+        elif initializer.needs_whole:
+            _draw_whole(getattr(module, attribute), initializer.fill, f"{seed}\0{name}")
         else:
             _draw(getattr(module, attribute), initializer.fill, f"{seed}\0{name}")
 
@@ -161,9 +163,20 @@ def _draw_by_module(module: nn.Module, attribute: str, key: str) -> None:
         torch.manual_seed(_seed(key))
         reset_parameters: Callable[[], None] = whole.reset_parameters  # type: ignore[assignment]
         reset_parameters()
-    local, offsets = _local(getattr(module, attribute))
+    _keep_part(getattr(module, attribute), getattr(whole, attribute))
+
+
+def _draw_whole(parameter: torch.Tensor, fill: Fill, key: str) -> None:
+    """Fill this rank's part of a parameter by drawing the whole, for an initializer that looks at all of it."""
+    whole = torch.empty(parameter.shape)
+    fill(whole, torch.Generator().manual_seed(_seed(key)))
+    _keep_part(parameter, whole)
+
+
+def _keep_part(parameter: torch.Tensor, whole: torch.Tensor) -> None:
+    local, offsets = _local(parameter)
     region = tuple(slice(start, start + size) for start, size in zip(offsets, local.shape, strict=True))
-    local.copy_(getattr(whole, attribute)[region])
+    local.copy_(whole[region])
 
 
 def _seed(key: str) -> int:

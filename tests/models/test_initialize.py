@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -34,9 +35,22 @@ class Odd(nn.Module):
         self.short = nn.Parameter(torch.empty(3))
         self.one = nn.Parameter(torch.empty(()))
         self.linear = nn.Linear(70, 30)
+        self.counted = nn.Parameter(torch.empty(9, 11))
 
 
-ODD_RULES = {"linear": Keep(), ".": Normal(std=1.0)}
+@dataclass(frozen=True)
+class ByShape:
+    """Values that only one who sees the whole can give: each counts from the first, times what the generator says."""
+
+    may_match_nothing: bool = False
+    needs_whole = True
+
+    def fill(self, tensor: torch.Tensor, generator: torch.Generator | None = None) -> None:
+        factor = torch.rand((), generator=generator)
+        tensor.copy_(torch.arange(tensor.numel(), dtype=torch.float32).view(tensor.shape) * factor)
+
+
+ODD_RULES = {"linear": Keep(), "counted": ByShape(), ".": Normal(std=1.0)}
 
 
 def odd() -> Odd:
@@ -232,6 +246,14 @@ def test_keep_is_what_torch_draws() -> None:
     assert 0 < values["linear.bias"].abs().max() <= bound
     with pytest.raises(ModelError, match=r"Keep needs Odd to have a method reset_parameters"):
         drawn(odd(), {".": Keep()})
+
+
+def test_an_initializer_that_needs_the_whole_gets_it() -> None:
+    counted = drawn(odd(), ODD_RULES)["counted"]
+    factor = counted[0, 1]
+    assert factor > 0
+    assert torch.equal(counted, torch.arange(99.0).view(9, 11) * factor)
+    assert torch.equal(drawn(odd(), ODD_RULES)["counted"], counted)
 
 
 def test_a_model_of_another_family() -> None:

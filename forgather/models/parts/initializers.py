@@ -1,8 +1,9 @@
 """How a parameter gets its first values; a model's rules map a pattern over parameter names to one of these.
 
 An initializer fills any float tensor with independent draws, so a parameter can be drawn in blocks by the ranks that
-hold them. `may_match_nothing` marks a rule that is meant for some shapes of the model only. transformers' functions are
-used instead of torch's because they leave alone what a checkpoint has already filled.
+hold them; one that cannot, because it looks at the shape or at all values, says `needs_whole = True` and is given the
+whole, of which each rank keeps its part. `may_match_nothing` marks a rule that is meant for some shapes of the model
+only. transformers' functions are used instead of torch's because they leave alone what a checkpoint has already filled.
 """
 
 import math
@@ -21,6 +22,13 @@ class Initializer(Protocol):
     def may_match_nothing(self) -> bool: ...
 
     @property
+    def needs_whole(self) -> bool:
+        """Whether `fill` must be given the whole parameter in its shape, as its values depend on one another or on it.
+
+        Without, it may be given any stretch of the parameter, flat, and each rank draws only what it holds.
+        """
+
+    @property
     def fill(self) -> Callable[..., None] | None:
         """`fill(tensor, generator=None)`; None leaves the parameter to its module's own `reset_parameters`."""
 
@@ -32,6 +40,7 @@ class Normal:
     std: float
     mean: float = 0.0
     may_match_nothing: bool = False
+    needs_whole = False
 
     def fill(self, tensor: torch.Tensor, generator: torch.Generator | None = None) -> None:
         init.normal_(tensor, mean=self.mean, std=self.std, generator=generator)
@@ -48,6 +57,7 @@ class DepthScaledNormal:
     std: float
     num_layers: int
     may_match_nothing: bool = False
+    needs_whole = False
 
     def fill(self, tensor: torch.Tensor, generator: torch.Generator | None = None) -> None:
         init.normal_(tensor, std=self.std / math.sqrt(2 * self.num_layers), generator=generator)
@@ -60,6 +70,7 @@ class TruncatedNormal:
     std: float
     cutoff: float = 3.0
     may_match_nothing: bool = False
+    needs_whole = False
 
     def fill(self, tensor: torch.Tensor, generator: torch.Generator | None = None) -> None:
         reach = self.cutoff * self.std
@@ -71,6 +82,7 @@ class Ones:
     """One everywhere: the weight of a norm."""
 
     may_match_nothing: bool = False
+    needs_whole = False
 
     def fill(self, tensor: torch.Tensor, generator: torch.Generator | None = None) -> None:  # noqa: ARG002
         init.ones_(tensor)
@@ -81,6 +93,7 @@ class Zeros:
     """Zero everywhere: a bias."""
 
     may_match_nothing: bool = False
+    needs_whole = False
 
     def fill(self, tensor: torch.Tensor, generator: torch.Generator | None = None) -> None:  # noqa: ARG002
         init.zeros_(tensor)
@@ -91,4 +104,5 @@ class Keep:
     """What the module's own `reset_parameters` draws: torch's values."""
 
     may_match_nothing: bool = False
+    needs_whole = False
     fill: None = None
