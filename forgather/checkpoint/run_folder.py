@@ -104,6 +104,11 @@ class RunFolder:
 
     def _open(self, dir: Path, fresh: bool) -> Path:
         dir.parent.mkdir(parents=True, exist_ok=True)
+        if runs := sorted(path.parent.name for path in dir.glob("*/checkpoints")):
+            raise CheckpointError(
+                f"{dir} cannot be a run: it holds the runs {', '.join(runs[:4])}",
+                fix=f"give the run a name, or name one of these: {dir / runs[0]}",
+            )
         opened = _first_new(dir) if fresh else dir
         for folder in (opened, opened / "checkpoints", opened / "logs"):
             folder.mkdir(exist_ok=True)

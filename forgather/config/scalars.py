@@ -32,7 +32,7 @@ class AmbiguousScalarError(ValueError):
 
 
 def read_plain(text: str) -> Plain:
-    """The value of an unquoted scalar. Raises AmbiguousScalarError where YAML versions disagree, or no float reaches."""
+    """The value of an unquoted scalar. AmbiguousScalarError where YAML versions disagree or no float reaches."""
     if text in _NULL:
         return None
     if text in _BOOL:

@@ -36,6 +36,13 @@ def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytes
         RunFolder(tmp_path / "run")
 
 
+def test_a_folder_of_runs_is_no_run(tmp_path: Path) -> None:
+    RunFolder(tmp_path / "first").close()
+    with pytest.raises(CheckpointError, match=r"cannot be a run: it holds the runs first\n.*name one of these"):
+        RunFolder(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first"]
+
+
 def open_on_another_host(folder: str) -> str:
     """Where rank 1 has a disk of its own."""
     if rank() == 1:
