@@ -73,6 +73,7 @@ REASONS = {
 }
 
 
+@pytest.mark.case(57)
 @pytest.mark.parametrize("make", REASONS, ids=lambda make: make.__name__)
 def test_the_loss_is_that_of_the_logits_whatever_the_model_does(make):
     torch.manual_seed(0)
@@ -133,6 +134,7 @@ def hidden_weight_targets(rows: int, width: int, vocabulary: int, dtype: torch.d
     return hidden, weight, targets
 
 
+@pytest.mark.case(57)
 @pytest.mark.parametrize("chunk_rows", [64, 100, 4096])
 @pytest.mark.parametrize("vocabulary", [300, 8192 + 11])
 def test_bf16_is_as_good_as_a_softmax_in_fp32(chunk_rows, vocabulary):
@@ -152,6 +154,7 @@ def test_bf16_is_as_good_as_a_softmax_in_fp32(chunk_rows, vocabulary):
         assert (ours.grad.float() - theirs.grad).norm() / theirs.grad.norm() < 4e-3
 
 
+@pytest.mark.case(57)
 @pytest.mark.parametrize("chunk_rows", [64, 100, 4096])
 @pytest.mark.parametrize("vocabulary", [300, 8192 + 11])
 def test_fp32_is_exact(chunk_rows, vocabulary):
@@ -166,6 +169,7 @@ def test_fp32_is_exact(chunk_rows, vocabulary):
         assert (ours.grad - theirs.grad).norm() / theirs.grad.norm() < 5e-7
 
 
+@pytest.mark.case(58)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_without_a_target_teach_nothing(dtype):
     hidden, weight, targets = hidden_weight_targets(32, 8, 50, dtype)
