@@ -150,6 +150,33 @@ class RawReader(StorageReader):
         return True
 
 
+def read_tensor(folder: Path, layout: Metadata, name: str) -> Tensor:
+    """The whole tensor called `name`, in memory of its own, each of its chunks checked against its digest.
+
+    CheckpointError, naming the file, when a chunk cannot be read or was altered.
+    """
+    kind = layout.state_dict_metadata[name]
+    assert isinstance(kind, TensorStorageMetadata)
+    whole = torch.empty(kind.size, dtype=kind.properties.dtype)
+    for piece in kind.chunks:
+        chunk = layout.storage_data[MetadataIndex(name, piece.offsets)]
+        region = whole[tuple(slice(at, at + size) for at, size in zip(piece.offsets, piece.sizes, strict=True))]
+        part = region if region.is_contiguous() else torch.empty(piece.sizes, dtype=whole.dtype)
+        data = raw_bytes(part)
+        try:
+            with (folder / chunk.file).open("rb", buffering=0) as file:
+                length = read_all(file.fileno(), data, chunk.offset)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {folder / chunk.file}: {error.strerror}") from error
+        if length != data.nbytes:
+            raise CheckpointError(f"{folder / chunk.file} ends before the bytes of {name}")
+        if xxhash.xxh3_64_hexdigest(data) != chunk.xxh3:
+            raise CheckpointError(f"{folder / chunk.file} was altered where {name} is stored")
+        if part is not region:
+            region.copy_(part)
+    return whole
+
+
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, as bytes, not copied."""
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # an array is a buffer

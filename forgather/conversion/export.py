@@ -161,7 +161,7 @@ def _opened(folder: Path) -> Checkpoint:
 
 def _write(checkpoint: Checkpoint, folder: Path, max_shard_bytes: int, dtype: torch.dtype | None) -> None:
     package = _verified_package(checkpoint)
-    kinds = _kinds(checkpoint.layout, dtype)
+    kinds = weight_kinds(checkpoint.layout, dtype)
     for file in package:
         shutil.copy(file, folder / file.name)
     _tell_dtype(folder / "config.json", kinds)
@@ -196,7 +196,7 @@ def _tensors(checkpoint: Checkpoint, names: Sequence[str]) -> Iterator[torch.Ten
     what it has loaded alive until the garbage collector comes by.
     """
     reader = RawReader(checkpoint.path, checkpoint.layout)
-    saved = _kinds(checkpoint.layout, None)
+    saved = weight_kinds(checkpoint.layout)
     batches = _batches({name: saved[name] for name in names})
     memory = torch.empty(max(sum(_room(kind) for kind in batch.values()) for batch in batches), dtype=torch.uint8)
     for batch in batches:
@@ -231,7 +231,7 @@ def _room(kind: TensorKind) -> int:
     return -(-kind.num_bytes // 64) * 64
 
 
-def _kinds(layout: Metadata, dtype: torch.dtype | None) -> dict[str, TensorKind]:
+def weight_kinds(layout: Metadata, dtype: torch.dtype | None = None) -> dict[str, TensorKind]:
     """Shape and dtype of each weight, in `dtype` where it is floating-point and `dtype` is given."""
     kinds = {}
     for key, tensor in layout.state_dict_metadata.items():

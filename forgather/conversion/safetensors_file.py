@@ -18,7 +18,7 @@ import torch
 from forgather.checkpoint.storage import raw_bytes, write_all
 from forgather.errors import CheckpointError
 
-_NAMES = {
+DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -84,12 +84,12 @@ def _header(tensors: Sequence[tuple[str, TensorKind]]) -> bytes:
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, kind in tensors:
-        if kind.dtype not in _NAMES:
+        if kind.dtype not in DTYPE_NAMES:
             raise CheckpointError(
                 f"{name} is {kind.dtype}, which safetensors has no name for", fix="export with --dtype"
             )
         entries[name] = {
-            "dtype": _NAMES[kind.dtype],
+            "dtype": DTYPE_NAMES[kind.dtype],
             "shape": list(kind.shape),
             "data_offsets": [at, at + kind.num_bytes],
         }

@@ -1,0 +1,219 @@
+"""Tensors by name, out of whatever weights come in: each is read when it is asked for, and no more than it.
+
+    source = open_weights(path)
+    source.kinds["lm_head.weight"].shape, source.read("lm_head.weight")
+
+A checkpoint of ours, a Hugging Face folder and a file look the same from here on.
+"""
+
+import json
+import pickle
+import struct
+import warnings
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from forgather.checkpoint.manifest import MANIFEST
+from forgather.checkpoint.storage import read_tensor
+from forgather.checkpoint.store import Checkpoint, visible_checkpoint
+from forgather.conversion.export import candidates, weight_kinds
+from forgather.conversion.safetensors_file import DTYPE_NAMES, TensorKind
+from forgather.errors import CheckpointError
+
+# In the order in which transformers looks for them, so that both of us load the same.
+HUGGING_FACE_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_PICKLES = (".bin", ".pt", ".pth")
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+# What reading a file that was cut off, or was never one of torch's, ends in.
+_UNREADABLE = (EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, struct.error)
+
+
+class WeightSource(Protocol):
+    """Weights that stand somewhere; `kinds` has the shape and dtype of each, in the order of the source."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def kinds(self) -> Mapping[str, TensorKind]: ...
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor, on the CPU. It may be a view of the file: copy it before writing into it."""
+
+
+def open_weights(path: Path) -> WeightSource:
+    """The weights in `path`, of which nothing but names, shapes and dtypes has been read.
+
+    `path` is a checkpoint or a run of ours (its newest checkpoint), a Hugging Face folder (whole or sharded), one of
+    its files or its index; files other than safetensors are read as data only, never as programs. CheckpointError when
+    it is none of these, is damaged, or is a pickle of something else.
+    """
+    if path.is_dir():
+        if not (path / MANIFEST).exists():
+            for name in HUGGING_FACE_FILES:
+                if (path / name).exists():
+                    return open_weights(path / name)
+        return _CheckpointSource(path)
+    if not path.exists():
+        raise CheckpointError(f"{path} is not there", fix="name a checkpoint, a run, a Hugging Face folder, or a file")
+    if path.name.endswith(".index.json"):
+        return _ShardedSource(path)
+    if path.suffix == ".safetensors":
+        return _SafetensorsSource(path)
+    if path.suffix in _PICKLES:
+        return _PickleSource(path)
+    raise CheckpointError(
+        f"{path} has the name of no weights", fix=f"a file ends in .safetensors, .index.json, {', '.join(_PICKLES)}"
+    )
+
+
+class _CheckpointSource:
+    """The model's part of a checkpoint; of a run, its newest where no damage shows."""
+
+    def __init__(self, path: Path) -> None:
+        self._checkpoint = _newest_whole(path)
+        self.path = self._checkpoint.path
+        self.kinds: Mapping[str, TensorKind] = weight_kinds(self._checkpoint.layout)
+
+    def read(self, name: str) -> torch.Tensor:
+        return read_tensor(self.path, self._checkpoint.layout, f"model/{name}")
+
+
+def _newest_whole(path: Path) -> Checkpoint:
+    damage = []
+    for folder in candidates(path):
+        manifest = visible_checkpoint(folder)
+        if not isinstance(manifest, list):
+            return Checkpoint(folder, manifest)
+        damage.append(f"{folder}: {', '.join(manifest)}")
+    raise CheckpointError(f"no checkpoint here is whole: {'; '.join(damage)}", fix="load another")
+
+
+class _SafetensorsSource:
+    """One file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            file: Any = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{path} cannot be read as safetensors: {error}", fix="fetch it anew, or name another file"
+            ) from error
+        self._file = file
+        kinds = {}
+        for name in file.keys():  # noqa: SIM118 - a safe_open is no dict
+            entry = file.get_slice(name)
+            dtype = _DTYPES.get(entry.get_dtype())
+            if dtype is None:
+                raise CheckpointError(
+                    f"{path}: {name} is {entry.get_dtype()}, which no model here holds", fix="convert it to BF16 or F32"
+                )
+            kinds[name] = TensorKind(tuple(entry.get_shape()), dtype)
+        self.kinds: Mapping[str, TensorKind] = kinds
+
+    def read(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._file.get_tensor(name)
+        return tensor
+
+
+class _PickleSource:
+    """One file of `torch.save`, mapped into memory where its format allows it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._tensors = _tensors_of_pickle(path)
+        self.kinds: Mapping[str, TensorKind] = {
+            name: TensorKind(tuple(tensor.shape), tensor.dtype) for name, tensor in self._tensors.items()
+        }
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
+
+
+class _ShardedSource:
+    """Several files and their index. One is open at a time, so reading in the order of `kinds` opens each once."""
+
+    def __init__(self, index: Path) -> None:
+        self.path = index
+        self._files = _weight_map(index)
+        self._open: WeightSource | None = None
+        kinds: dict[str, TensorKind] = {}
+        for file in dict.fromkeys(self._files.values()):
+            names = [name for name, place in self._files.items() if place == file]
+            there = self._source(file).kinds
+            if missing := [name for name in names if name not in there]:
+                raise CheckpointError(
+                    f"{index} names tensors that {file} does not hold: {_shortened(missing)}", fix="fetch both anew"
+                )
+            kinds |= {name: there[name] for name in names}
+        self.kinds: Mapping[str, TensorKind] = kinds
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._source(self._files[name]).read(name)
+
+    def _source(self, file: str) -> WeightSource:
+        path = self.path.parent / file
+        if self._open is None or self._open.path != path:
+            self._open = None  # before the next: memory is for one
+            self._open = open_weights(path)
+        return self._open
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Which file of the index's own folder has which tensor."""
+    try:
+        places: Any = json.loads(index.read_bytes())["weight_map"]
+        files = sorted({str(file) for file in places.values()})
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is no index of weights ({error})", fix="fetch it anew") from error
+    foreign = [file for file in files if Path(file).name != file or file.endswith(".index.json")]
+    if foreign:
+        raise CheckpointError(f"{index} names what is no file beside it: {_shortened(foreign)}", fix="fetch it anew")
+    if absent := [file for file in files if not (index.parent / file).exists()]:
+        raise CheckpointError(f"{index} names files that are not there: {_shortened(absent)}", fix="fetch them too")
+    return dict(places)
+
+
+def _tensors_of_pickle(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        with warnings.catch_warnings():
+            # A pickle of another protocol is read all the same, or refused.
+            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is a pickle of more than tensors, and was not loaded: nothing that it asks for was run",
+            fix="name a file of weights; of a model from elsewhere, the .safetensors",
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    except _UNREADABLE as error:
+        raise CheckpointError(f"{path} is no file of torch.save, or is damaged", fix="fetch it anew") from error
+    named = content if isinstance(content, Mapping) else {None: content}
+    if foreign := [str(name) for name, value in named.items() if not _is_weight(name, value)]:
+        raise CheckpointError(
+            f"{path} holds other things than named tensors: {_shortened(foreign)}",
+            fix="save the model's state_dict() alone",
+        )
+    return dict(named)
+
+
+def _is_weight(name: object, value: object) -> bool:
+    return isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
+
+
+def _shortened(names: Iterable[str], most: int = 10) -> str:
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
