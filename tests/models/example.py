@@ -52,11 +52,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def package(folder: Path, *, source: str = SOURCE, init_source: str = INIT_SOURCE, **sizes: Any) -> Package:
     """A package named after its folder."""
+    sizes = SIZES | sizes
+    sizes.setdefault("head_dim", sizes["hidden_size"] // sizes["num_attention_heads"])
     return Package(
         name=folder.name,
         source=source,
         init_source=init_source,
-        hf_config=SIZES | sizes,
+        hf_config=sizes,
         tokenizer=tokenizer(),
         plan=PLAN,
         dir=folder,
