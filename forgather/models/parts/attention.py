@@ -3,25 +3,24 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from forgather.models.parts.alibi import Alibi
 from forgather.models.parts.rotary import rotate
+from forgather.models.parts.self_attention import SelfAttention
 
 
-class Attention(nn.Module):
+class Attention(SelfAttention):
     """Causal self-attention in which H query heads share K key/value heads; [B, L, D] to [B, L, D].
 
-    Which kernel runs is looked up at each call from the config, so `model.set_attn_implementation("eager")` works on a
-    model that exists. `sliding_window` limits a token to itself and the `sliding_window - 1` tokens before it. Sources:
-    Vaswani et al. 2017, arXiv:1706.03762; grouped heads: Ainslie et al. 2023, "GQA", arXiv:2305.13245.
+    Options: `head_dim` (D / H), which need not divide D; `bias` of the projections, `output_bias` of the last one (as
+    the others); `scaling` of the scores (head_dim ** -0.5); `q_norm` and `k_norm`, modules over head_dim that queries
+    and keys pass before they are turned (QK-norm: Henry et al. 2020, arXiv:2010.04245, as in Qwen3 and Gemma 3);
+    `rotary=False` for a layer without rotary positions (NoPE: Kazemnejad et al. 2023, arXiv:2305.19466); `alibi`.
+    Sources: Vaswani et al. 2017, arXiv:1706.03762; grouped heads: Ainslie et al. 2023, "GQA", arXiv:2305.13245.
     """
-
-    is_causal = True  # transformers' implementations read these two from the module
-    num_key_value_groups: int
 
     def __init__(
         self,
@@ -33,46 +32,43 @@ class Attention(nn.Module):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         bias: bool = False,
+        output_bias: bool | None = None,
         dropout: float = 0.0,
         sliding_window: int | None = None,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        q_norm: nn.Module | None = None,
+        k_norm: nn.Module | None = None,
+        rotary: bool = True,
+        alibi: Alibi | None = None,
     ) -> None:
-        super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if head_dim is None and hidden_size % num_heads:
-            step = 2 * num_heads  # rotary positions need an even number of channels a head
-            fitting = sorted({max(step, hidden_size // step * step), -(-hidden_size // step) * step})
-            raise ValueError(
-                f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}: "
-                f"a hidden_size of {' or '.join(map(str, fitting))} would be"
-            )
-        if num_heads % num_kv_heads:
-            raise ValueError(f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}")
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = head_dim or hidden_size // num_heads
-        if self.head_dim % 2:
-            raise ValueError(
-                f"a head has {self.head_dim} channels; rotary positions turn pairs and need an even number"
-            )
-        self.num_key_value_groups = num_heads // num_kv_heads
-        self.scaling = self.head_dim**-0.5
-        self.dropout = dropout
-        self.sliding_window = sliding_window
-        self.q_proj = nn.Linear(hidden_size, num_heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(num_heads * self.head_dim, hidden_size, bias=bias)
-
-    @property
-    def attention_type(self) -> str:
-        """Which of the decoder's masks this layer needs, in transformers' words."""
-        return "full_attention" if self.sliding_window is None else "sliding_attention"
+        head_dim = checked_head_dim(hidden_size, num_heads, num_kv_heads, head_dim, rotary=rotary)
+        super().__init__(
+            config,
+            layer_idx,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            scaling=head_dim**-0.5 if scaling is None else scaling,
+            dropout=dropout,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            rotary=rotary,
+            alibi=alibi,
+        )
+        self.head_dim = head_dim
+        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=bias if output_bias is None else output_bias)
+        self.q_norm = q_norm
+        self.k_norm = k_norm
 
     def forward(
         self,
         hidden_BLD: torch.Tensor,
         *,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
@@ -80,49 +76,38 @@ class Attention(nn.Module):
         """The output [B, L, D], and the weights [B, H, L, S] where the implementation has them (eager)."""
         rows, tokens, _ = hidden_BLD.shape
         heads = (rows, tokens, -1, self.head_dim)
-        query_BHLC = self.q_proj(hidden_BLD).view(heads).transpose(1, 2)
-        key_BKLC = self.k_proj(hidden_BLD).view(heads).transpose(1, 2)
+        query_BLHC = self.q_proj(hidden_BLD).view(heads)
+        key_BLKC = self.k_proj(hidden_BLD).view(heads)
+        if self.q_norm is not None:
+            query_BLHC = self.q_norm(query_BLHC)
+        if self.k_norm is not None:
+            key_BLKC = self.k_norm(key_BLKC)
+        query_BHLC, key_BKLC = query_BLHC.transpose(1, 2), key_BLKC.transpose(1, 2)
+        if self.rotary:
+            assert position_embeddings is not None, "the decoder gives cosines and sines to layers that turn"
+            cos, sin = position_embeddings
+            query_BHLC, key_BKLC = rotate(query_BHLC, cos, sin), rotate(key_BKLC, cos, sin)
         value_BKLC = self.v_proj(hidden_BLD).view(heads).transpose(1, 2)
-
-        cos, sin = position_embeddings
-        query_BHLC, key_BKLC = rotate(query_BHLC, cos, sin), rotate(key_BKLC, cos, sin)
-        if past_key_values is not None:
-            key_BKLC, value_BKLC = past_key_values.update(key_BKLC, value_BKLC, self.layer_idx)
-
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        output_BLHC, weights = attend(
-            self,
-            query_BHLC,
-            key_BKLC,
-            value_BKLC,
-            attention_mask,
-            dropout=self.dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            **kwargs,
-        )
+        output_BLHC, weights = self.attend(query_BHLC, key_BKLC, value_BKLC, attention_mask, past_key_values, **kwargs)
         return self.o_proj(output_BLHC.reshape(rows, tokens, -1)), weights
 
 
-def eager_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,  # noqa: ARG001  what other implementations take
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention as the formula is written, with the signature of transformers' attention functions.
-
-    Returns the output [B, L, H, C] and the weights [B, H, L, S]; `attention_mask` [B, 1, L, S] is added to the scores.
-    """
-    groups: int = module.num_key_value_groups  # type: ignore[assignment]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores_BHLS = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
-        scores_BHLS = scores_BHLS + attention_mask
-    weights_BHLS = F.softmax(scores_BHLS, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights_BHLS = F.dropout(weights_BHLS, p=dropout, training=module.training)
-    return torch.matmul(weights_BHLS, value).transpose(1, 2), weights_BHLS
+def checked_head_dim(hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int | None, *, rotary: bool) -> int:
+    """The channels of a head; ValueError for sizes that do not fit together, with such as would."""
+    sizes = {"hidden_size": hidden_size, "num_attention_heads": num_heads, "num_key_value_heads": num_kv_heads}
+    for name, size in (sizes if head_dim is None else sizes | {"head_dim": head_dim}).items():
+        if size < 1:
+            raise ValueError(f"{name} is {size}; it must be at least 1")
+    if head_dim is None and hidden_size % num_heads:
+        step = 2 * num_heads if rotary else num_heads  # rotary positions need an even number of channels a head
+        fitting = sorted({max(step, hidden_size // step * step), -(-hidden_size // step) * step})
+        raise ValueError(
+            f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}: "
+            f"a hidden_size of {' or '.join(map(str, fitting))} would be"
+        )
+    if num_heads % num_kv_heads:
+        raise ValueError(f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}")
+    head_dim = hidden_size // num_heads if head_dim is None else head_dim
+    if rotary and head_dim % 2:
+        raise ValueError(f"a head has {head_dim} channels; rotary positions turn pairs and need an even number")
+    return head_dim

@@ -6,9 +6,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from forgather.models.parts.attention import Attention
 from forgather.models.parts.initializers import Initializer
 from forgather.models.parts.rules import assign
+from forgather.models.parts.self_attention import SelfAttention
 
 
 class ComposedModel(PreTrainedModel):
@@ -28,7 +28,13 @@ class ComposedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _skip_keys_device_placement = ("past_key_values",)
-    _can_record_outputs: dict[str, Any] = {"attentions": Attention}  # noqa: RUF012  transformers wants a plain dict
+    _can_record_outputs: dict[str, Any] = {"attentions": SelfAttention}  # noqa: RUF012  transformers wants a plain dict
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """transformers asks this of an implementation that the model is to change to."""
+        if requested_attention is not None:
+            refuse_impossible(self, requested_attention)
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
     def _init_weights(self, module: nn.Module) -> None:
         """transformers calls this for each module that no checkpoint has filled."""
@@ -60,3 +66,11 @@ class ComposedModel(PreTrainedModel):
         # Resizing the vocabulary initialises an embedding or a head before it takes its place in the model.
         place = self.get_input_embeddings() if isinstance(module, nn.Embedding) else self.get_output_embeddings()
         return self._name_of(place)
+
+
+def refuse_impossible(module: nn.Module, implementation: str) -> None:
+    """Raise ValueError if a part of `module` cannot be computed by the attention implementation of that name."""
+    for part in module.modules():
+        refusal = part.refusal(implementation) if isinstance(part, SelfAttention) else None
+        if refusal is not None:
+            raise ValueError(f"attn_implementation: {refusal}")

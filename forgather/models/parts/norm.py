@@ -1,4 +1,4 @@
-"""Normalisation of hidden states."""
+"""Normalisation of hidden states; for LayerNorm there is torch.nn.LayerNorm."""
 
 import torch
 import torch.nn.functional as F
@@ -25,3 +25,23 @@ class RMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class GemmaRMSNorm(RMSNorm):
+    """RMSNorm whose learned weight counts from one: scaled by 1 + weight, and the weight starts at 0.
+
+    The weight is applied in float32, before the result takes the dtype of the input: so weight decay pulls towards a
+    plain norm, and a bfloat16 weight keeps its resolution near zero. Source: the reference code of Gemma (Gemma Team
+    2024, arXiv:2403.08295).
+    """
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__(hidden_size, eps)
+        self.reset_parameters()
+
+    def forward(self, hidden_BLD: torch.Tensor) -> torch.Tensor:
+        scale_D = 1.0 + self.weight.float()
+        return F.rms_norm(hidden_BLD.float(), self.weight.shape, scale_D, self.eps).type_as(hidden_BLD)

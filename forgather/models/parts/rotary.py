@@ -1,77 +1,111 @@
 """Rotary position embedding in all the variants that transformers knows."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
+from forgather.models.parts.buffers import ComputedBuffers
 
-class RotaryEmbedding(nn.Module):
+
+class RotaryEmbedding(ComputedBuffers):
     """Gives the cosines and sines that turn queries and keys by their position.
 
-    `config.rope_parameters` chooses the variant (`rope_type`: default, linear, dynamic, yarn, longrope, llama3) and its
-    numbers (`rope_theta`, `factor`). The inverse frequencies are float32 and stay so when the model is cast:
-    in bfloat16 a position above 256 would no longer be an integer. They are in no checkpoint, so `reset_buffers` must
-    follow `to_empty`. Source: Su et al. 2021, "RoFormer", arXiv:2104.09864.
+    `config.rope_parameters` chooses the variant (`rope_type`: default, linear, dynamic, yarn, longrope, llama3,
+    proportional) and its numbers (`rope_theta`, `factor`; with `partial_rotary_factor` below 1 the last channels of a
+    head stay as they are). It may hold such parameters for each layer type (full_attention, sliding_attention), and
+    `forward` is then asked for one of them. Source: Su et al. 2021, "RoFormer", arXiv:2104.09864.
     """
-
-    inv_freq: torch.Tensor
-    original_inv_freq: torch.Tensor
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
         self.config = config
-        self.rope_type: str = config.rope_parameters["rope_type"]
-        if self.rope_type != "default" and self.rope_type not in ROPE_INIT_FUNCTIONS:
-            known = ", ".join(["default", *ROPE_INIT_FUNCTIONS])
-            raise ValueError(f"rope_parameters: unknown rope_type '{self.rope_type}'; there are: {known}")
+        parameters: dict[str, Any] | None = getattr(config, "rope_parameters", None)
+        if not parameters:
+            raise ValueError("rope_parameters is missing; {rope_type: default, rope_theta: 10000.0} would do")
+        self.layer_types = [key for key, value in parameters.items() if isinstance(value, dict)]
+        types = {kind: self._rope_type(kind) for kind in self._kinds()}
+        # transformers' update of the dynamic variants finds what it changes by these names.
+        self.rope_type = types if self.layer_types else types[None]
         self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
-        self.attention_scaling = 1.0
-        frequencies = self._frequencies(None)
-        self.register_buffer("inv_freq", frequencies, persistent=False)
-        self.register_buffer("original_inv_freq", frequencies.clone(), persistent=False)
+        self.attention_scalings: dict[str | None, float] = {}
+        for kind in self._kinds():
+            frequencies = self._frequencies(kind, None)
+            self.register_buffer(buffer_name(kind, "inv_freq"), frequencies, persistent=False)
+            self.register_buffer(buffer_name(kind, "original_inv_freq"), frequencies.clone(), persistent=False)
+
+    def _kinds(self) -> list[str | None]:
+        return [*self.layer_types] if self.layer_types else [None]
 
     def reset_buffers(self) -> None:
-        """Compute the buffers anew on the device they are on."""
-        self.inv_freq = self._frequencies(self.inv_freq.device)
-        self.original_inv_freq = self.inv_freq.clone()
+        for kind in self._kinds():
+            device = getattr(self, buffer_name(kind, "inv_freq")).device
+            frequencies = self._frequencies(kind, device)
+            setattr(self, buffer_name(kind, "inv_freq"), frequencies)
+            setattr(self, buffer_name(kind, "original_inv_freq"), frequencies.clone())
+            setattr(self, buffer_name(kind, "max_seq_len_cached"), self.original_max_seq_len)
 
-    def _frequencies(self, device: torch.device | None) -> torch.Tensor:
-        """[C / 2] float32; sets `attention_scaling`, which yarn and longrope multiply the result with."""
-        compute = ROPE_INIT_FUNCTIONS.get(self.rope_type, default_frequencies)
-        frequencies, self.attention_scaling = compute(self.config, device)
+    def _variant(self, kind: str | None) -> dict[str, Any]:
+        parameters: dict[str, Any] = self.config.rope_parameters
+        return parameters if kind is None else parameters[kind]
+
+    def _rope_type(self, kind: str | None) -> str:
+        rope_type = str(self._variant(kind).get("rope_type", "default"))
+        if rope_type != "default" and rope_type not in ROPE_INIT_FUNCTIONS:
+            known = ", ".join(["default", *ROPE_INIT_FUNCTIONS])
+            raise ValueError(f"rope_parameters: unknown rope_type '{rope_type}'; there are: {known}")
+        return rope_type
+
+    def _frequencies(self, kind: str | None, device: torch.device | None) -> torch.Tensor:
+        """[C / 2] float32; yarn and longrope also say what cosines and sines are multiplied with."""
+        rope_type = self._rope_type(kind)
+        if rope_type == "default":
+            frequencies, scaling = default_frequencies(self.config, self._variant(kind), device), 1.0
+        else:
+            frequencies, scaling = ROPE_INIT_FUNCTIONS[rope_type](self.config, device, layer_type=kind)
+        self.attention_scalings[kind] = scaling
         return frequencies.float()
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.inv_freq.dtype != torch.float32:
-            self.reset_buffers()
-        return self
 
     @torch.no_grad()
     @dynamic_rope_update  # type: ignore[untyped-decorator]
-    def forward(self, hidden_BLD: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, hidden_BLD: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and sine, each [B, L, C], in the dtype of the hidden states."""
-        angles = position_ids[..., None].float() * self.inv_freq.to(hidden_BLD.device)
+        frequencies: torch.Tensor = getattr(self, buffer_name(layer_type, "inv_freq"))
+        angles = position_ids[..., None].float() * frequencies.to(hidden_BLD.device)
         angles = torch.cat((angles, angles), dim=-1)
-        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        scaling = self.attention_scalings[layer_type]
+        cos, sin = angles.cos() * scaling, angles.sin() * scaling
         return cos.to(hidden_BLD.dtype), sin.to(hidden_BLD.dtype)
 
     def extra_repr(self) -> str:
-        return f"{self.rope_type}, channels={2 * self.inv_freq.shape[0]}"
+        return str(self.rope_type)
 
 
-def default_frequencies(config: PreTrainedConfig, device: torch.device | None) -> tuple[torch.Tensor, float]:
+def buffer_name(layer_type: str | None, name: str) -> str:
+    """transformers' name for a buffer of one layer type, or of all layers."""
+    return name if layer_type is None else f"{layer_type}_{name}"
+
+
+def default_frequencies(
+    config: PreTrainedConfig, parameters: dict[str, Any], device: torch.device | None
+) -> torch.Tensor:
     """theta ** (-2i / C) for i < C / 2; transformers leaves this plain variant to the models."""
-    channels = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    channels = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
     steps = torch.arange(0, channels, 2, dtype=torch.float32, device=device)
-    return 1.0 / (config.rope_parameters["rope_theta"] ** (steps / channels)), 1.0  # bit for bit as transformers' own
+    return 1.0 / (parameters["rope_theta"] ** (steps / channels))  # bit for bit as transformers' own
 
 
 def rotate(x_BHLC: torch.Tensor, cos_BLC: torch.Tensor, sin_BLC: torch.Tensor) -> torch.Tensor:
-    """Turns each pair of channels (i, i + C / 2), the pairing of Hugging Face's Llama checkpoints."""
+    """Turns each pair of channels (i, i + C / 2), the pairing of Hugging Face's Llama checkpoints.
+
+    Channels beyond those that cosine and sine are for stay as they are.
+    """
+    channels = cos_BLC.shape[-1]
+    if channels < x_BHLC.shape[-1]:
+        return torch.cat((rotate(x_BHLC[..., :channels], cos_BLC, sin_BLC), x_BHLC[..., channels:]), dim=-1)
     first, second = x_BHLC.chunk(2, dim=-1)
     return x_BHLC * cos_BLC.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin_BLC.unsqueeze(1)
