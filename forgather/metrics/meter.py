@@ -81,7 +81,7 @@ class Meter:
             "tokens": self._tokens,
             "elapsed_s": self._clock.elapsed_s(),  # after the wait: queued kernels have run
             "waited_s": self._clock.waited_s,
-            "memory": _peak_memory_bytes(self._device),
+            "memory": peak_memory_bytes(self._device),
             "peak_flops": self._peak_flops or 0.0,
         }
         ranks = dict(zip(mine, _columns(list(mine.values()), self._device), strict=True))
@@ -123,7 +123,8 @@ def _columns(values: list[float], device: torch.device) -> list[list[float]]:
     return columns
 
 
-def _peak_memory_bytes(device: torch.device) -> int:
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most since the process started: what torch has allocated on a CUDA device, resident memory elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
