@@ -46,10 +46,11 @@ def load_weights(
     name is common, or when weights that the model ties differ.
     """
     source = open_weights(path)
-    on_meta = any(tensor.is_meta for tensor in _state(model).values())
-    groups = _groups(_state(model))
+    state = _state(model)
+    on_meta = any(tensor.is_meta for tensor in state.values())
+    groups = _groups(state)
     chosen, report = _match(groups, source)
-    _require_fit({name: _state(model)[name] for name in chosen}, source)
+    _require_fit({name: state[name] for name in chosen}, source)
     if report.missing and (strict or on_meta):
         raise CheckpointError(
             f"{source.path} has no value for{_listed(report.missing)}",
@@ -58,10 +59,10 @@ def load_weights(
         )
     if on_meta:
         _materialise(model, groups, torch.device("cpu" if device is None else device))
-    state = _state(model)
+    state, wanted = _state(model), set(chosen)
     with torch.no_grad():
-        for name in source.kinds:
-            if name in chosen:
+        for name in source.kinds:  # in the order of the source, which is that of its files
+            if name in wanted:
                 state[name].copy_(source.read(name))
     return report
 
@@ -79,14 +80,14 @@ def _groups(state: Mapping[str, torch.Tensor]) -> list[list[str]]:
     return list(groups.values())
 
 
-def _match(groups: Iterable[list[str]], source: WeightSource) -> tuple[set[str], LoadReport]:
+def _match(groups: Iterable[list[str]], source: WeightSource) -> tuple[list[str], LoadReport]:
     """The names to read, one for each tensor of the model, and the report of the load."""
-    chosen, loaded, missing = set(), [], []
+    chosen, loaded, missing = [], [], []
     for names in groups:
         there = [name for name in names if name in source.kinds]
         if there:
             _require_equal(there, source)
-            chosen.add(there[0])
+            chosen.append(there[0])
             loaded += names
         else:
             missing += names[:1]

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from forgather.checkpoint.layout import read_layout
-from forgather.checkpoint.storage import RawReader, RawWriter
+from forgather.checkpoint.storage import RawReader, RawWriter, read_tensor
 from forgather.checkpoint.store import calling_dcp, load_planner, save_planner
 from tests.ranks import RankPool
 
@@ -90,6 +90,8 @@ def save_and_load_everywhere(folder: str) -> None:
         place.mkdir(exist_ok=True)
         write(place, laid_out(whole, placements))
         assert all(sum(math.prod(c.sizes) for c in t.chunks) == math.prod(t.size) for t in stored(place))
+        layout = read_layout(place)
+        assert all(torch.equal(read_tensor(place, layout, name), whole[name]) for name in layout.state_dict_metadata)
         for others in PLACEMENTS:
             loaded = laid_out({name: torch.zeros_like(tensor) for name, tensor in whole.items()}, others)
             read(place, loaded)
