@@ -23,7 +23,8 @@ NEEDS_CONFIG = False
 
 
 def configure(parser: CommandParser) -> None:
-    """How far to look, and whether to count parameters."""
+    """Where and how far to look, and whether to count parameters."""
+    parser.add_argument("folder", nargs="?", metavar="DIR", help="where to look, as with -p")
     parser.add_argument(
         "-r", "--recursive", action="store_true", help="list every project below the folder instead of the one above it"
     )
@@ -33,6 +34,7 @@ def configure(parser: CommandParser) -> None:
 
 def run(options: Options) -> int:
     """Print each project with its configs; a broken one hides no other."""
+    options.project_dir = options.folder or options.project_dir
     if options.recursive:
         folders = list(find_projects(named_folder(options.project_dir)))
         if not folders:

@@ -1,6 +1,7 @@
 """`Project`: one config of one project, with its arguments; what the commands and Python users work with."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ from forgather.config.files import config_file, find_project, output_folder, rea
 from forgather.config.graph import draw
 from forgather.config.inherit import Loader
 from forgather.config.nested import generate
-from forgather.config.nodes import Node
+from forgather.config.nodes import Call, Node, Reference
 from forgather.config.override import parse_word, python_overrides
 from forgather.config.parameters import Parameter, type_of
-from forgather.config.plain import is_plain
+from forgather.config.plain import NotPlainError, is_plain, plain_value
 from forgather.config.problems import Collector, Problems, problem
 from forgather.config.resolve import Namespace
 from forgather.config.session import Session
@@ -141,6 +142,20 @@ class Project:
     def has(self, target: str) -> bool:
         """True when the config has the target, public or not."""
         return target in self._namespace.tree
+
+    def plain_arguments(self, target: str) -> dict[str, Any]:
+        """The arguments by name of the call that a target is, without building anything: those that are plain data.
+
+        Empty for a target that is no call. Raises ConfigError.
+        """
+        node = self._namespace.target(target)
+        while isinstance(node, Reference):
+            node = node.target
+        found = {}
+        for name, argument in node.arguments if isinstance(node, Call) else ():
+            with suppress(NotPlainError):
+                found[name] = plain_value(argument, set())
+        return {name: value for name, value in found.items() if name is not None}
 
     def session(self, given: Mapping[str, Any] | None = None) -> Session:
         """A new session: singletons are shared by all that it builds."""

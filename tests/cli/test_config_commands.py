@@ -57,20 +57,75 @@ def test_every_shipped_project_is_listed_and_none_is_broken(forgather):
     assert "broken" not in done.out
 
 
-def test_ls_shows_the_size_of_configs_that_compose_a_model(forgather, project):
-    (project / "package.py").write_text(
-        "from torch import nn\n"
-        "class Package:\n"
-        "    def construct(self, device):\n"
-        "        layer = nn.Linear(1000, 1000, device=device)\n"
-        "        return nn.Sequential(layer, nn.Linear(1000, 1, bias=False, device=device), layer)\n"
-    )
-    (project / "configs" / "model.yaml").write_text(
-        "description: A model\nhf_config: {}\ntokenizer: null\npackage: !singleton:../package.py:Package []\n"
+MODEL = """
+description: A model
+args:
+  tie_word_embeddings: false
+tokenizer: !singleton:../parts.py:train
+  vocab_size: 1000
+hf_config:
+  rows: !singleton:../parts.py:rows
+    - !ref tokenizer
+  tie_word_embeddings: ${tie_word_embeddings}
+model: !singleton:../parts.py:Model
+  config: !ref hf_config
+  rows: ${hf_config.rows}
+package: null
+"""
+PARTS = """
+from torch import nn
+from transformers import PreTrainedModel
+
+def train(vocab_size):
+    raise AssertionError("training takes minutes")
+
+def rows(tokenizer):
+    return len(tokenizer)
+
+class Model(PreTrainedModel):
+    _tied_weights_keys = {"head.weight": "embedding.weight"}
+
+    def __init__(self, config, rows):
+        super().__init__(config)
+        self.embedding = nn.Embedding(rows, 10)
+        self.head = nn.Linear(10, rows, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embedding
+
+    def get_output_embeddings(self):
+        return self.head
+"""
+
+
+def test_ls_shows_the_size_of_configs_that_compose_a_model_and_trains_no_tokenizer_for_it(forgather, project):
+    (project / "parts.py").write_text(PARTS)
+    (project / "configs" / "model.yaml").write_text(MODEL)
+    (project / "configs" / "tied.yaml").write_text(
+        "extends: model.yaml\ndescription: A tied one\nargs: {tie_word_embeddings: true}\n"
     )
     done = forgather("ls", "--size")
     assert done.code == 0
-    assert [line.split()[:3] for line in done.out.splitlines()[1:]] == [["model", "1M", "A"], ["*", "train", "Trains"]]
+    rows = [line.split()[:3] for line in done.out.splitlines()[1:]]
+    assert rows == [["model", "20K", "A"], ["tied", "10K", "A"], ["*", "train", "Trains"]]
+
+
+def test_ls_says_why_a_model_has_no_size(forgather, project):
+    (project / "parts.py").write_text(PARTS.replace("super().__init__(config)", "raise ValueError('rows are odd')", 1))
+    (project / "configs" / "model.yaml").write_text(MODEL)
+    done = forgather("ls", "--size")
+    assert done.code == 0
+    assert "model  broken: rows are odd" in done.out
+    assert "* train" in done.out
+
+
+def test_ls_takes_a_folder_as_its_word(forgather, project):
+    assert forgather("ls", "-r", "--size", str(project)).out == forgather("ls", "-r", "--size", "-p", str(project)).out
+    assert forgather("ls", "lib:models/llama").out.startswith("llama")
+    done = forgather("ls", str(project / "nowhere"))
+    assert done.code == 2
+    assert "nowhere" in done.err
 
 
 def test_show_says_where_values_come_from(forgather):
