@@ -7,10 +7,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import transformers.initialization
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, initialization
 
 _DRAWS = frozenset(
     getattr(torch.Tensor, name)
@@ -54,7 +53,7 @@ def _initialisers() -> list[tuple[ModuleType, str]]:
     modules = [module for name, module in sys.modules.items() if name.startswith("torch.nn.modules.")]
     return [
         (module, name)
-        for module in (nn.init, transformers.initialization, *modules)
+        for module in (nn.init, initialization, *modules)
         for name in names
         if callable(getattr(module, name, None))
     ]

@@ -1,6 +1,5 @@
 """A model whose weights somebody else will fill is not drawn, and everything else of it is right."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     Qwen3Config,
+    initialization,
 )
 
 from forgather.ml.no_init_weights import no_init_weights
@@ -77,7 +77,7 @@ def test_a_package_is_constructed_without_one_initialiser(built: Package, monkey
     config = config_of(built.dir)
     calls: list[str] = []
     for name in ("normal_", "uniform_", "ones_", "zeros_", "trunc_normal_", "kaiming_uniform_"):
-        for module in (nn.init, sys.modules["transformers.initialization"]):
+        for module in (nn.init, initialization):
             real = getattr(module, name)
             monkeypatch.setattr(module, name, lambda *a, _r=real, _n=name, **k: (calls.append(_n), _r(*a, **k))[1])
     with Draws() as draws:
@@ -151,6 +151,28 @@ def test_methods_of_tensors_do_not_draw_either() -> None:
     assert torch.equal(module.weight, torch.full((4,), 3.0))
     assert not module.matrix.any()
     assert not torch.equal(DrawsByMethods().weight, torch.full((4,), 3.0))
+
+
+class InitialisesInPlace(PreTrainedModel):
+    """Its initialiser neither draws nor calls a function of torch.nn.init."""
+
+    config_class = LlamaConfig
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.linear = nn.Linear(3, 3)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            module.initialised = True
+
+
+@pytest.mark.case(34)
+def test_the_initialiser_of_a_model_is_not_even_called() -> None:
+    assert InitialisesInPlace(LlamaConfig()).linear.initialised
+    with no_init_weights():
+        assert not hasattr(InitialisesInPlace(LlamaConfig()).linear, "initialised")
 
 
 def test_everything_is_as_before_when_it_ends_also_by_an_error() -> None:
