@@ -27,7 +27,8 @@ COMMANDS = {
     "model": ("forgather.cli.model", "Construct or test a model"),
     "dataset": ("forgather.cli.dataset", "Prepare or inspect a dataset"),
     "train": ("forgather.cli.train", "Train a model, or continue the run that is there"),
-    "export": ("forgather.cli.export", "Write a Hugging Face folder from a run or a checkpoint"),
+    "import": ("forgather.cli.import_", "Make a model package of a Hugging Face model"),
+    "export": ("forgather.cli.export", "Write a Hugging Face folder from a run, a checkpoint or a package"),
 }
 
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from forgather.checkpoint.manifest import MANIFEST
 from forgather.checkpoint.storage import read_tensor
 from forgather.checkpoint.store import Checkpoint, visible_checkpoint
-from forgather.conversion.export import candidates, weight_kinds
+from forgather.conversion.checkpoint_model import candidates, weight_kinds
 from forgather.conversion.safetensors_file import DTYPE_NAMES, TensorKind
 from forgather.errors import CheckpointError
 

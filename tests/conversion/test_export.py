@@ -13,10 +13,12 @@ from transformers import AutoModelForCausalLM
 
 from forgather.checkpoint.folder import remove
 from forgather.checkpoint.run_folder import RunFolder
-from forgather.checkpoint.store import Checkpoint, CheckpointStore
+from forgather.checkpoint.store import CheckpointStore
 from forgather.conversion import export as module
-from forgather.conversion.export import export, shards_of
+from forgather.conversion.checkpoint_model import CheckpointModel
+from forgather.conversion.export import export
 from forgather.conversion.safetensors_file import TensorKind
+from forgather.conversion.shards import shards_of, tell_dtype
 from forgather.errors import CheckpointError
 from tests.checkpoint.training import Run
 from tests.ranks import RankPool
@@ -145,16 +147,16 @@ def test_a_renamed_checkpoint_is_not_taken_for_a_newer_one(tmp_path: Path, capsy
 
 def test_of_two_exports_to_one_folder_the_second_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_run(str(tmp_path / "run"))
-    write_weights = module._write_weights
+    write_shards = module.write_shards
     refused: list[CheckpointError] = []
 
     def meanwhile(*arguments: Any) -> None:
         with pytest.raises(CheckpointError) as raised:
             export(tmp_path / "run", tmp_path / "out")
         refused.append(raised.value)
-        write_weights(*arguments)
+        write_shards(*arguments)
 
-    monkeypatch.setattr(module, "_write_weights", meanwhile)
+    monkeypatch.setattr(module, "write_shards", meanwhile)
     export(tmp_path / "run", tmp_path / "out")
     assert "another export is writing" in refused[0].message
     assert refused[0].fix
@@ -162,18 +164,18 @@ def test_of_two_exports_to_one_folder_the_second_is_refused(tmp_path: Path, monk
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "package", "run"]
 
 
-@pytest.mark.parametrize("moment", ["_verified_package", "_write_weights", "_tensors"])
+@pytest.mark.parametrize("moment", ["files", "stream"])
 def test_a_checkpoint_that_its_run_removes_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     save_run(str(tmp_path / "run"))
-    original = getattr(module, moment)
+    original = getattr(CheckpointModel, moment)
 
-    def after_removal(checkpoint: Checkpoint, *arguments: Any) -> Any:
-        remove(checkpoint.path)
-        return original(checkpoint, *arguments)
+    def after_removal(model: CheckpointModel, *arguments: Any) -> Any:
+        remove(model.path)
+        return original(model, *arguments)
 
-    monkeypatch.setattr(module, moment, after_removal)
+    monkeypatch.setattr(CheckpointModel, moment, after_removal)
     with pytest.raises(CheckpointError, match=r"was removed while it was exported(.|\n)*fix: export .*run, which has"):
         export(tmp_path / "run", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["package", "run"]
@@ -181,7 +183,7 @@ def test_a_checkpoint_that_its_run_removes_meanwhile(
 
 def test_a_model_of_integers_has_no_dtype_to_tell(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"dtype": "float32"}')
-    module._tell_dtype(tmp_path / "config.json", {"table": TensorKind((2,), torch.int64)})
+    tell_dtype(tmp_path / "config.json", {"table": TensorKind((2,), torch.int64)})
     assert json.loads((tmp_path / "config.json").read_text()) == {"dtype": "float32"}
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from forgather.cli.export import num_bytes
 from forgather.cli.main import main
+from forgather.cli.weight_flags import num_bytes
 from forgather.errors import EXIT_OK, EXIT_USER, ForgatherError
 from tests.conversion.test_export import save_run
 

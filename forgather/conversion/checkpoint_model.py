@@ -1,0 +1,147 @@
+"""The model in a checkpoint: which checkpoint it is, the files of its package, and its weights, one after the other.
+
+Tensors go from the checkpoint's files in small batches straight into the place where they stay.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+
+from forgather.checkpoint.folder import saved_steps, step_name
+from forgather.checkpoint.manifest import MANIFEST
+from forgather.checkpoint.storage import RawReader, read_tensor
+from forgather.checkpoint.store import Checkpoint, calling_dcp, load_planner, visible_checkpoint
+from forgather.conversion.safetensors_file import TensorKind
+from forgather.errors import CheckpointError
+
+PACKAGE = "package"
+# Read and written together: large enough that planning costs nothing, small beside any model worth cutting.
+_BATCH_BYTES = 16 << 20
+
+
+class DamageError(CheckpointError):
+    """Files of a checkpoint are not what was saved."""
+
+    def __init__(self, folder: Path, damage: Sequence[str]) -> None:
+        super().__init__(f"{folder} is damaged: {'; '.join(damage)}", fix="export another checkpoint of the run")
+
+
+def candidates(source: Path) -> list[Path]:
+    """The checkpoint that `source` is, or those of the run that it is, newest first."""
+    if (source / MANIFEST).exists():
+        return [source]
+    checkpoints = source / "checkpoints"
+    if steps := saved_steps(checkpoints):
+        return [checkpoints / step_name(step) for step in reversed(steps)]
+    if checkpoints.is_dir():
+        aside = sorted(entry.name for entry in checkpoints.glob("step-*.damaged*"))
+        why = (
+            f"all its checkpoints are damaged, and set aside: {', '.join(aside)}" if aside else "it has saved none yet"
+        )
+        every = "train until it saves one, which is every `save_every` steps and at the end"
+        raise CheckpointError(
+            f"the run {source} has no checkpoint to export: {why}", fix="continue its training" if aside else every
+        )
+    runs = sorted(path.parent for path in source.glob("runs/*/checkpoints")) if source.is_dir() else []
+    hint = f"; runs here: {', '.join(map(str, runs))}" if runs else ""
+    raise CheckpointError(
+        f"{source} is neither a checkpoint nor a run with one",
+        fix=f"name a run folder, or one of the folders in its checkpoints/{hint}",
+    )
+
+
+class CheckpointModel:
+    """The model that a checkpoint holds. DamageError when damage shows, at once or in what is read later."""
+
+    def __init__(self, folder: Path) -> None:
+        manifest = visible_checkpoint(folder)
+        if isinstance(manifest, list):
+            raise DamageError(folder, manifest)
+        self._checkpoint = Checkpoint(folder, manifest)
+        self.path = folder
+        self.package = folder / PACKAGE
+        self.kinds: Mapping[str, TensorKind] = weight_kinds(self._checkpoint.layout)
+
+    def files(self) -> list[Path]:
+        """The files of the model's package, after all of the checkpoint but its tensors was verified."""
+        names = [name for name in self._checkpoint.manifest.files if not name.endswith(".bin")]
+        if damage := self._checkpoint.manifest.damaged_digests(self.path, names):
+            raise DamageError(self.path, damage)
+        if f"{PACKAGE}/config.json" not in names:
+            raise CheckpointError(
+                f"{self.path} has no model package, so that nothing could load its weights",
+                fix=f"put the model's files (config.json, code, tokenizer) into {self.package}",
+            )
+        return [self.path / name for name in names if name.startswith(f"{PACKAGE}/")]
+
+    def read(self, name: str) -> torch.Tensor:
+        """One weight, whole, checked against its digest."""
+        return read_tensor(self.path, self._checkpoint.layout, f"model/{name}")
+
+    def stream(self, names: Sequence[str]) -> Iterator[torch.Tensor]:
+        """The weights called `names`, whole, in that order, each checked against its digest.
+
+        A tensor is good until the next is asked for: all are read into one piece of memory, because DCP's planner
+        keeps what it has loaded alive until the garbage collector comes by.
+        """
+        reader = RawReader(self.path, self._checkpoint.layout)
+        batches = _batches({name: self.kinds[name] for name in names})
+        memory = torch.empty(max(sum(_room(kind) for kind in batch.values()) for batch in batches), dtype=torch.uint8)
+        for batch in batches:
+            tensors = {}
+            at = 0
+            for name, kind in batch.items():
+                tensors[f"model/{name}"] = memory[at : at + kind.num_bytes].view(kind.dtype).view(kind.shape)
+                at += _room(kind)
+            try:
+                with calling_dcp(f"could not read {self.path}"):
+                    dcp_load(tensors, storage_reader=reader, planner=load_planner(), no_dist=True)
+            except CheckpointError as error:
+                raise DamageError(self.path, [error.message]) from error
+            for name in batch:
+                yield tensors[f"model/{name}"]
+
+
+def weight_kinds(layout: Metadata) -> dict[str, TensorKind]:
+    """Shape and dtype of each weight of a checkpoint."""
+    kinds = {}
+    for key, tensor in layout.state_dict_metadata.items():
+        if key.startswith("model/"):
+            assert isinstance(tensor, TensorStorageMetadata)
+            kinds[key.removeprefix("model/")] = TensorKind(tuple(tensor.size), tensor.properties.dtype)
+    return kinds
+
+
+@contextmanager
+def explaining_removal(folder: Path) -> Iterator[None]:
+    """A live run removes its old checkpoints, whoever is reading them."""
+    try:
+        yield
+    except (OSError, CheckpointError) as error:
+        if folder.is_dir():
+            raise
+        raise CheckpointError(
+            f"{folder} was removed while it was exported: a live run keeps only its newest checkpoints",
+            fix=f"export {folder.parent.parent}, which has newer ones, or let the run keep more of them (keep_last)",
+        ) from error
+
+
+def _batches(kinds: Mapping[str, TensorKind]) -> list[dict[str, TensorKind]]:
+    batches: list[dict[str, TensorKind]] = [{}]
+    size = 0
+    for name, kind in kinds.items():
+        if batches[-1] and size + _room(kind) > _BATCH_BYTES:
+            batches.append({})
+            size = 0
+        batches[-1][name] = kind
+        size += _room(kind)
+    return batches
+
+
+def _room(kind: TensorKind) -> int:
+    """Bytes for a tensor, rounded up so that the next one is aligned for any dtype."""
+    return -(-kind.num_bytes // 64) * 64

@@ -1,0 +1,120 @@
+"""A Hugging Face folder of a family that we know: its config, and its weights by the names of transformers' model."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from forgather.conversion.families import FAMILIES, Family
+from forgather.conversion.safetensors_file import TensorKind
+from forgather.conversion.weight_sources import open_weights
+from forgather.errors import ModelError
+
+# Buffers that older versions of transformers saved, and newer ones compute.
+_COMPUTED = re.compile(r"\.(attn\.(masked_)?bias|rotary_emb\.inv_freq)$")
+
+
+class HuggingFaceModel:
+    """The model in `folder`, of which only config.json and the headers of the weights have been read.
+
+    ModelError where its family, or something that its config asks for, is not supported; CheckpointError where its
+    weights cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder
+        settings = _settings(folder)
+        self.family = _family(folder, settings)
+        self.config = _config(folder, self.family)
+        reasons = self.family.unsupported(self.config)
+        if "quantization_config" in settings:
+            reasons.append("the weights are quantized")
+        if reasons:
+            raise ModelError(
+                f"{folder / 'config.json'} asks for what the project models/{self.family.project} does not compute: "
+                + "; ".join(reasons),
+                fix="import a model without it, or compose one of the parts that do and load the weights into that",
+            )
+        with torch.device("meta"):
+            self.model: PreTrainedModel = self.family.model_class._from_config(self.config)
+        self._source = open_weights(folder)
+        self._names = self._canonical_names()
+        self.kinds: Mapping[str, TensorKind] = {name: self._source.kinds[there] for name, there in self._names.items()}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """What transformers' model needs to be given: each parameter, of tied ones one."""
+        tied = self.model.all_tied_weights_keys
+        return {name: tuple(value.shape) for name, value in self.model.state_dict().items() if name not in tied}
+
+    def read(self, name: str) -> torch.Tensor:
+        """One weight; it may be a view of its file."""
+        return self._source.read(self._names[name])
+
+    def require_ties(self) -> None:
+        """Raise ModelError where the files hold both of two tied weights and they differ."""
+        for target, source in self.model.all_tied_weights_keys.items():
+            one, other = self._stored(target), self._stored(source)
+            if one and other and not torch.equal(self._source.read(one), self._source.read(other)):
+                raise ModelError(
+                    f"{self.path}: config.json ties {target} to {source}, and the two weights differ",
+                    fix="set tie_word_embeddings to false in its config.json if both are meant",
+                )
+
+    def _canonical_names(self) -> dict[str, str]:
+        """What each tensor is called in transformers' model, and in the files."""
+        tied = self.model.all_tied_weights_keys
+        names = {}
+        for there in self._source.kinds:
+            name = self._canonical(there)
+            if name not in tied and not (name not in self.shapes and _COMPUTED.search(name)):
+                names[name] = there
+        return names
+
+    def _canonical(self, there: str) -> str:
+        """Files may hold the trunk alone, as those of GPT-2 do; a tied head is all that it lacks."""
+        prefixed = f"{self.model.base_model_prefix}.{there}"
+        return prefixed if prefixed in self.model.state_dict() or _COMPUTED.search(prefixed) else there
+
+    def _stored(self, name: str) -> str | None:
+        return next((there for there in self._source.kinds if self._canonical(there) == name), None)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelError(f"{folder} has no config.json, so it is no Hugging Face model", fix="name a folder that has")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {error}", fix="fetch it anew") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} holds no mapping", fix="fetch it anew")
+    return content
+
+
+def _family(folder: Path, settings: Mapping[str, Any]) -> Family:
+    if "hf_model_type" in settings:
+        raise ModelError(
+            f"{folder} is a model package already", fix="`forgather export --as native` goes the other way"
+        )
+    kind = settings.get("model_type")
+    if kind not in FAMILIES:
+        more = "; of gemma3, only the text model alone is" if kind == "gemma3" else ""
+        raise ModelError(
+            f"{folder / 'config.json'}: no project computes a model_type {kind!r}{more}",
+            fix=f"import one of: {', '.join(FAMILIES)}",
+        )
+    return FAMILIES[kind]
+
+
+def _config(folder: Path, family: Family) -> PreTrainedConfig:
+    try:
+        return family.config_class.from_pretrained(folder)
+    except (StrictDataclassError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{folder / 'config.json'}: {error}", fix="correct the key that it names") from error

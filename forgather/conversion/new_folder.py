@@ -1,0 +1,44 @@
+"""A folder that a conversion makes: it is not there before, one process makes it, and it appears when it is whole."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from forgather.errors import CheckpointError
+
+
+@contextmanager
+def only_writer(destination: Path) -> Iterator[None]:
+    """One writer at a time to one folder, and what the operating system refuses with the path and what to do.
+
+    CheckpointError when the folder is there, or is being written by another.
+    """
+    refuse_what_is_there(destination)
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        path = destination.with_name(f".{destination.name}.lock")
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise CheckpointError(
+                f"another export is writing {destination}", fix="let it end or stop it, or name another folder"
+            ) from None
+        try:
+            refuse_what_is_there(destination)
+            yield
+        finally:
+            path.unlink(missing_ok=True)  # still held: who has just opened it finds that it has no name, and retries
+            lock.release()
+    except OSError as error:
+        raise CheckpointError(
+            f"could not write {destination}: {error.strerror}", fix="name a folder that can be written and has space"
+        ) from error
+
+
+def refuse_what_is_there(destination: Path) -> None:
+    """Raise CheckpointError when the folder is there."""
+    if destination.exists():
+        raise CheckpointError(f"{destination} is already there, and nothing is overwritten", fix="name another folder")

@@ -1,0 +1,78 @@
+"""The model in a folder that holds a package and its weights, as `forgather import` and `save_pretrained` leave it."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from forgather.conversion.safetensors_file import TensorKind
+from forgather.conversion.weight_sources import HUGGING_FACE_FILES, open_weights
+from forgather.errors import CheckpointError, ModelError
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
+
+
+class StoredModel(Protocol):
+    """A package in the folder `package`, and the weights that are its own, of which one is in memory at a time."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def package(self) -> Path: ...
+
+    @property
+    def kinds(self) -> Mapping[str, TensorKind]: ...
+
+    def files(self) -> list[Path]:
+        """The files of the package, all that belongs to them verified."""
+
+    def read(self, name: str) -> torch.Tensor: ...
+
+    def stream(self, names: Sequence[str]) -> Iterator[torch.Tensor]:
+        """The weights of these names, in this order; each is good until the next is asked for."""
+
+
+class PackageModel:
+    """The model in `folder`. ModelError where its config.json names no code, CheckpointError without weights."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = self.package = folder
+        if "AutoModelForCausalLM" not in _settings(folder).get("auto_map", {}):
+            raise ModelError(
+                f"{folder} is no model package: its config.json names no code of its own",
+                fix="`forgather import` makes a package of a Hugging Face folder",
+            )
+        self._source = open_weights(folder)
+        self.kinds = self._source.kinds
+
+    def files(self) -> list[Path]:
+        """What lies in the folder and is not weights."""
+        return sorted(path for path in self.path.iterdir() if path.is_file() and _belongs(path.name))
+
+    def read(self, name: str) -> torch.Tensor:
+        """One weight; it may be a view of its file."""
+        return self._source.read(name)
+
+    def stream(self, names: Sequence[str]) -> Iterator[torch.Tensor]:
+        """The weights of these names, in this order."""
+        return map(self._source.read, names)
+
+
+def is_package(folder: Path) -> bool:
+    """Whether `folder` is one with config.json and weights, and not a run, which may hold a package, too."""
+    return (folder / "config.json").is_file() and any((folder / name).is_file() for name in HUGGING_FACE_FILES)
+
+
+def _belongs(name: str) -> bool:
+    return not name.startswith(".") and not name.endswith(_WEIGHTS)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} cannot be read: {error}", fix="bring back the file") from error
+    return content if isinstance(content, dict) else {}

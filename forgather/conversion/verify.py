@@ -1,0 +1,122 @@
+"""Whether two models compute the same, each with the weights of its own files and a module of them in memory at a time.
+
+Shapes: B rows, L tokens, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from forgather.errors import ModelError
+
+TOLERANCE = 1e-5  # of the largest logit, and of 1 where none is as large
+_LENGTH = 24
+_WINDOW = 8  # so narrow, a sliding window shows within the tokens of the test
+
+Read = Callable[[str], torch.Tensor]
+
+
+def on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """A model without values, to be computed with in float32 by the formula of attention as it is written.
+
+    A sliding window becomes narrow: weights do not depend on it, and a short test would not show a wide one.
+    """
+    config = type(config).from_dict(config.to_dict())
+    if getattr(config, "sliding_window", None) is not None:
+        config.sliding_window = min(config.sliding_window, _WINDOW)
+    with torch.device("meta"):
+        model: PreTrainedModel = model_class._from_config(config, dtype=torch.float32, attn_implementation="eager")
+    return model.eval()
+
+
+def require_equal(one: PreTrainedModel, read_one: Read, other: PreTrainedModel, read_other: Read) -> float:
+    """The largest difference of the logits [B, L, V] of two models from `on_meta`; ModelError when it is too large."""
+    logits = logits_of(one, read_one)
+    expected = logits_of(other, read_other)
+    difference = (logits - expected).abs().max().item()
+    limit = TOLERANCE * max(1.0, expected.abs().max().item())
+    if not difference <= limit:  # so that what is not a number does not pass
+        raise ModelError(
+            f"logits differ by up to {difference:.3g} between {type(one).__name__} and {type(other).__name__}, "
+            f"and at most {limit:.3g} is rounding: they do not compute the same",
+            fix="nothing was kept; report it with both config.json",
+        )
+    return difference
+
+
+def converting(read: Read, dtype: torch.dtype | None) -> Read:
+    """What `read` gives, in `dtype` where it is floating-point and that is given."""
+
+    def converted(name: str) -> torch.Tensor:
+        tensor = read(name)
+        return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+    return converted
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel, read: Read) -> torch.Tensor:
+    """Logits [B, L, V] of fixed tokens, at the first positions and at the last that the model has."""
+    config: Any = model.config
+    length = min(_LENGTH, config.max_position_embeddings)
+    generator = torch.Generator().manual_seed(0)
+    input_ids_BL = torch.randint(config.vocab_size, (2, length), generator=generator)
+    starts = torch.tensor([[0], [config.max_position_embeddings - length]])
+    with _streaming(model, read):
+        logits: torch.Tensor = model(
+            input_ids=input_ids_BL, position_ids=starts + torch.arange(length), use_cache=False
+        ).logits
+    return logits
+
+
+@contextmanager
+def _streaming(model: PreTrainedModel, read: Read) -> Iterator[None]:
+    """Each module has its parameters while it computes, and no longer."""
+    _compute_buffers(model)
+    tied = model.all_tied_weights_keys
+    hooks = []
+    for prefix, module in model.named_modules():
+        names = {
+            attribute: tied.get(name := f"{prefix}.{attribute}".removeprefix("."), name)
+            for attribute, parameter in module._parameters.items()
+            if parameter is not None
+        }
+        if names:
+            hooks += _hooks(module, names, read)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _hooks(module: nn.Module, names: dict[str, str], read: Read) -> list[torch.utils.hooks.RemovableHandle]:
+    on_meta = dict(module._parameters)
+
+    def fill(*_: object) -> None:
+        for attribute, name in names.items():
+            module._parameters[attribute] = nn.Parameter(read(name).float(), requires_grad=False)
+
+    def drop(*_: object) -> None:
+        module._parameters.update(on_meta)
+
+    return [module.register_forward_pre_hook(fill), module.register_forward_hook(drop)]
+
+
+def _compute_buffers(model: PreTrainedModel) -> None:
+    """What no checkpoint holds, such as rotary frequencies, as a loaded model has it."""
+    for module in model.modules():
+        if not module._buffers:
+            continue
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
+        reset_buffers = getattr(module, "reset_buffers", None)
+        if reset_buffers is not None:
+            reset_buffers()
+        else:
+            model._init_weights(module)
