@@ -205,6 +205,17 @@ def batch(seed: int, packed: bool) -> dict[str, Any]:
     return inputs | ({"position_ids": positions} if packed else {})
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_plans_are_those_of_transformers(tmp_path: Path, name: str) -> None:
+    theirs, ours = (model.config for model in twins(FAMILIES[name], name, tmp_path, 0))
+    if theirs.base_model_tp_plan is not None:  # transformers has none for GPT-2
+        assert ours.base_model_tp_plan == theirs.base_model_tp_plan
+        pipeline = {
+            module: (list(inputs), list(outputs)) for module, (inputs, outputs) in ours.base_model_pp_plan.items()
+        }
+        assert list(pipeline.items()) == list(theirs.base_model_pp_plan.items())
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_and_gradients_are_those_of_transformers(tmp_path: Path, name: str, seed: int) -> None:

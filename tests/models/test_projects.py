@@ -1,5 +1,6 @@
 """The shipped model projects build, check, and have the parameters they name; their parts can be swapped from YAML."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,17 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from forgather import Project
-from forgather.config.files import list_configs
+from forgather.cli.size import num_parameters
+from forgather.config.files import list_configs, shipped_configs
+from forgather.errors import ModelError
 from forgather.models.package import Package
 from forgather.models.report import count_parameters, report
 from tests.models.example import LLAMA, llama_config, tokenizer
 
 SIZES = {"1M": (2000, 1_028_992), "4M": (2000, 4_434_176), "30M": (4000, 30_321_152), "117M": (8000, 119_161_856)}
+PROJECTS = sorted(path.parent for path in (shipped_configs() / "models").glob("*/project.yaml"))
+CONFIGS = [(project, row.name.removesuffix(".yaml")) for project in PROJECTS for row in list_configs(project)]
+ROW = re.compile(r"^\| `(\S+)` \| ([\d,]+) \|", re.MULTILINE)
 
 
 def build(project: Project) -> Package:
@@ -38,13 +44,28 @@ def child(folder: Path, text: str) -> Project:
     return Project(folder)
 
 
-def test_every_config_is_of_a_size_named_here_or_the_default() -> None:
-    assert {summary.name.removesuffix(".yaml") for summary in list_configs(LLAMA)} == {"default", *SIZES}
+def rows(project: Path) -> dict[str, int]:
+    """Configs and their parameters, as the project's page has them."""
+    page = (project / "README.md").read_text()
+    return {name: int(count.replace(",", "")) for name, count in ROW.findall(page)}
 
 
-@pytest.mark.parametrize("config", ["default", *SIZES])
-def test_configs_check(config: str) -> None:
-    Project(LLAMA, config=config).check()
+@pytest.mark.parametrize("project", PROJECTS, ids=lambda project: project.name)
+def test_the_page_of_a_project_names_each_of_its_configs(project: Path) -> None:
+    assert rows(project).keys() == {name for each, name in CONFIGS if each == project}
+
+
+@pytest.mark.case(1)
+@pytest.mark.parametrize(("project", "config"), CONFIGS, ids=[f"{project.name}-{name}" for project, name in CONFIGS])
+def test_a_config_has_the_parameters_that_the_page_says(project: Path, config: str) -> None:
+    assert num_parameters(Project(project, config)) == rows(project)[config]
+
+
+def test_names_of_presets_hold() -> None:
+    counts = {name: count for name, count in rows(LLAMA.parent / "mypt").items() if "M" in name}
+    assert len(counts) == 8
+    for name, count in counts.items():
+        assert count == pytest.approx(float(name.partition("M")[0]) * 1e6, rel=0.02), name
 
 
 @pytest.mark.parametrize("config", SIZES)
@@ -76,15 +97,45 @@ def test_a_tied_weight_counts_once(tmp_path: Path) -> None:
     assert "embedding  512.00K (512,000) (tied to the head)" in report(model, tokenizer())
 
 
+@pytest.mark.case(7)
 def test_declared_parameters_reach_config_json(tmp_path: Path) -> None:
     package = llama(
         tmp_path, hidden_size=128, num_attention_heads=4, sliding_window=16, rope_parameters={"rope_theta": 5e5}
     )
     config = package.construct().config
     assert (config.hidden_size, config.num_attention_heads, config.num_key_value_heads) == (128, 4, 4)
+    assert (type(config.hidden_size), type(config.num_attention_heads), config.head_dim) == (int, int, 32)
     assert config.sliding_window == 16
     assert config.rope_parameters == {"rope_theta": 5e5, "rope_type": "default"}
     assert config.pad_token_id == 1
+
+
+@pytest.mark.case(8)
+@pytest.mark.parametrize(
+    ("project", "sizes", "message"),
+    [
+        ("llama", {"hidden_size": 130}, "hidden_size 130 is not a multiple of num_attention_heads 4"),
+        ("llama", {"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
+        ("gpt2", {"hidden_size": 130}, "hidden_size 130 is not a multiple of num_attention_heads 4"),
+        ("deepone", {"hidden_size": 130}, "hidden_size 130 is not a multiple of num_attention_heads 4"),
+        ("llama", {"vocab_size": 276}, "vocab_size 276 has no row for every token: the tokenizer's ids go up to 276"),
+    ],
+)
+def test_sizes_that_do_not_fit(tmp_path: Path, project: str, sizes: dict[str, Any], message: str) -> None:
+    arguments = {"output_dir": tmp_path / "built", **sizes}
+    with pytest.raises(ModelError, match=message):
+        build(Project(LLAMA.parent / project, args=arguments)).construct()
+
+
+@pytest.mark.case(8)
+def test_a_head_may_have_channels_of_its_own_number(tmp_path: Path) -> None:
+    model = llama(tmp_path, hidden_size=130, head_dim=34).construct()
+    assert tuple(model.model.layers[0].self_attn.q_proj.weight.shape) == (4 * 34, 130)
+
+
+def test_rows_that_no_token_has_yet(tmp_path: Path) -> None:
+    package = build(Project(LLAMA, args={"output_dir": tmp_path / "built", "vocab_size": 300}))
+    assert package.construct().lm_head.weight.shape[0] == 300
 
 
 def test_no_two_layers_share_a_module(tmp_path: Path) -> None:
