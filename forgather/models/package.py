@@ -213,7 +213,7 @@ class Package:
             (folder / name).write_bytes(content)
         files = {name: _hash(content) for name, content in self._files.items()}
         (folder / MANIFEST).write_bytes(_json({"digest": self.digest, "files": files}))
-        construct(folder)
+        construct(folder, attn_implementation="eager")  # which every composition has, soft-capped scores too
 
     def _move_in(self) -> None:
         """Replace the generated files one by one; until the last, the manifest says that it is not finished."""
