@@ -30,11 +30,12 @@ class ComposedModel(PreTrainedModel):
     _skip_keys_device_placement = ("past_key_values",)
     _can_record_outputs: dict[str, Any] = {"attentions": SelfAttention}  # noqa: RUF012  transformers wants a plain dict
 
-    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """transformers asks this of an implementation that the model is to change to."""
-        if requested_attention is not None:
-            refuse_impossible(self, requested_attention)
-        return super().get_correct_attn_implementation(requested_attention, is_init_check)
+    def set_attn_implementation(self, attn_implementation: str | dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """As of any transformers model; ValueError for one that cannot compute this model's attention."""
+        named = attn_implementation.get("") if isinstance(attn_implementation, dict) else attn_implementation
+        if named is not None:
+            refuse_impossible(self, named)
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         """transformers calls this for each module that no checkpoint has filled."""
@@ -42,7 +43,8 @@ class ComposedModel(PreTrainedModel):
         if reset_buffers is not None:
             reset_buffers()
         if self.init_rules is None:
-            super()._init_weights(module)
+            if reset_buffers is None:  # transformers would take a rotary embedding for one of its own, by its name
+                super()._init_weights(module)
             return
         parameters = dict(module.named_parameters(recurse=False))
         if not parameters:
