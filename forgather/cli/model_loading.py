@@ -82,16 +82,23 @@ def construct_model(options: Options, choice: Choice, *, refuse_stale: bool) -> 
         print_warning(f"{stale.message}; constructing what is there. {stale.fix}")
     else:
         package.write(refresh=options.refresh_model)
-    model = construct(
-        package.dir,
-        choice.device,
-        dtype=choice.dtype,
-        attn_implementation=options.attn_implementation,
-        seed=None if options.no_init_weights else 0,
-    )
+    try:
+        model = construct(
+            package.dir,
+            choice.device,
+            dtype=choice.dtype,
+            attn_implementation=options.attn_implementation,
+            seed=None if options.no_init_weights else 0,
+        )
+    except (ImportError, OSError, SyntaxError, ValueError) as error:
+        if not differences:
+            raise
+        raise package.stale([*differences, f"it cannot be constructed: {error}"]) from error
     if options.load_from_checkpoint is not None:
         _load(model, options)
     saved = save_weights(model, package.dir) if options.save_checkpoint else []
+    if options.refresh_model and was_there and not saved:
+        _warn_of_weights(model, package.dir)
     if options.gradient_checkpointing:
         _recompute(model)
     kept = was_there and not options.refresh_model and not differences
@@ -99,6 +106,23 @@ def construct_model(options: Options, choice: Choice, *, refuse_stale: bool) -> 
     for path in saved:
         print(f"weights: {path}", file=sys.stderr)
     return Constructed(model, package, differences, saved)
+
+
+def _warn_of_weights(model: "PreTrainedModel", folder: Path) -> None:
+    """Say so when a refresh has left weights in the package that the new definition cannot load."""
+    from forgather.conversion.weight_sources import open_weights
+    from forgather.models.weights import WEIGHTS
+
+    if not any(folder.glob(WEIGHTS)):
+        return
+    kinds = open_weights(folder).kinds
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    differing = [name for name, kind in kinds.items() if tuple(kind.shape) != shapes.get(name)]
+    if differing:
+        print_warning(
+            f"the weights in {folder} are of the definition before: {len(differing)} of {len(kinds)} do not fit, "
+            f"{differing[0]} for one; --save-checkpoint replaces them"
+        )
 
 
 def _load(model: "PreTrainedModel", options: Options) -> None:

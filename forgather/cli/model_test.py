@@ -1,6 +1,7 @@
 """`forgather model test`: kicks a model to see if it falls over, with a few steps of SGD."""
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -47,7 +48,7 @@ def run(options: Options) -> int:
     )
     problem = None
     for step in steps:
-        output.write(json.dumps(asdict(step)) if options.json else _line(step))
+        output.write(_json(step) if options.json else _line(step))
         if step.step == 1 and step.without_gradient:
             print_warning(f"no gradient reached {', '.join(step.without_gradient)}")
         problem = step.problem
@@ -62,7 +63,12 @@ def run(options: Options) -> int:
 
 def _dataset_project(options: Options) -> Project:
     """Read before the model is constructed, as what is wrong with its name is cheap to find."""
-    project = Project(options.dataset_project, options.dataset_config)
+    try:
+        project = Project(options.dataset_project, options.dataset_config)
+    except ConfigError as error:
+        raise ConfigError(
+            f"--dataset-project: {error.message}", fix="name a dataset project; `forgather ls -r` lists projects"
+        ) from error
     if not project.has("train"):
         raise ConfigError(
             f"--dataset-project: config {project.config_name!r} of {project.dir} has no target `train`",
@@ -90,6 +96,15 @@ def _warn_of_length(options: Options, constructed: Constructed) -> None:
         print_warning(
             f"--sequence-length {options.sequence_length} is more than the model's max_position_embeddings {longest}"
         )
+
+
+def _json(step: "TrialStep") -> str:
+    """JSON knows no NaN: a number that is not finite is null, and `problem` says what it was."""
+    numbers = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in asdict(step).items()
+    }
+    return json.dumps(numbers, allow_nan=False)
 
 
 def _line(step: "TrialStep") -> str:

@@ -70,7 +70,8 @@ def _editor() -> list[str]:
     if shutil.which(words[0]) is None:
         said = f"{variable} names {words[0]!r}" if variable else "neither VISUAL nor EDITOR is set, and there is no vi"
         raise UsageError(
-            f"--edit: {said}" + (", which is not installed" if variable else ""), fix="export EDITOR=nano, say"
+            f"--edit: {said}" + (", which is not installed" if variable else ""),
+            fix=f"export {variable or 'EDITOR'}=nano, say",
         )
     return words
 

@@ -37,14 +37,17 @@ def try_training(
 
     With `fuse` each parameter is updated within backward, as soon as its gradient is whole, and the gradient is let go:
     the same values with the memory of one gradient. It ends after the first step with a number that is not finite; an
-    update of all parameters at once is then not made. Raises ModelError where the model refuses a batch.
+    update of all parameters at once is then not made. Raises ModelError where the model refuses a batch or `lr`.
     """
     model.train()
-    device = next(model.parameters()).device
+    first = next(model.parameters())
+    if lr > torch.finfo(first.dtype).max:
+        name = str(first.dtype).removeprefix("torch.")
+        raise ModelError(f"a learning rate of {lr:g} is more than {name} holds", fix="lower it, to 0.01 for example")
     update = _InBackward(model, lr) if fuse else _AfterBackward(model, lr)
     try:
         for number, batch in enumerate(batches, start=1):
-            step = _step(model, _on(device, batch), update, number)
+            step = _step(model, _on(first.device, batch), update, number)
             yield step
             if step.problem is not None:
                 return
