@@ -3,7 +3,7 @@
 Tensors go from the checkpoint's files in small batches straight into the place where they stay.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -78,9 +78,9 @@ class CheckpointModel:
             )
         return [self.path / name for name in names if name.startswith(f"{PACKAGE}/")]
 
-    def read(self, name: str) -> torch.Tensor:
-        """One weight, whole, checked against its digest."""
-        return read_tensor(self.path, self._checkpoint.layout, f"model/{name}")
+    def reader(self) -> Callable[[str], torch.Tensor]:
+        """Gives weights by name, each checked against its digest."""
+        return lambda name: read_tensor(self.path, self._checkpoint.layout, f"model/{name}")
 
     def stream(self, names: Sequence[str]) -> Iterator[torch.Tensor]:
         """The weights called `names`, whole, in that order, each checked against its digest.

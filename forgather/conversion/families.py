@@ -102,11 +102,11 @@ class Family:
     def untold(self, package: PreTrainedConfig) -> list[str]:
         """What a package's config.json says and transformers' config has no place for."""
         told = package.to_dict()
-        known = {self.own_name(key) for key in self.keys()} | _NO_SIZES
+        known = {self.own_name(key) for key in self.keys() if key not in self.only} | _NO_SIZES
         return [
             f"{key} is {value!r}"
             for key, value in told.items()
-            if key not in known and value and told.get((self.implied or {}).get(key)) != value
+            if key not in known and value and value not in (self.only.get(key), told.get((self.implied or {}).get(key)))
         ]
 
 
@@ -152,6 +152,7 @@ FAMILIES = {
                 "hidden_activation": "gelu_pytorch_tanh",
                 "attention_bias": False,
                 "use_bidirectional_attention": False,
+                "attn_logit_softcapping": None,  # transformers' class reads it and computes without
             },
             completed=_completed_gemma3,
         ),

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from forgather.conversion.families import FAMILIES, Family
 from forgather.conversion.safetensors_file import TensorKind
-from forgather.conversion.weight_sources import open_weights
+from forgather.conversion.verify import Read
+from forgather.conversion.weight_sources import HUGGING_FACE_FILES, open_weights
 from forgather.errors import ModelError
 
 # Buffers that older versions of transformers saved, and newer ones compute.
@@ -40,9 +41,8 @@ class HuggingFaceModel:
                 + "; ".join(reasons),
                 fix="import a model without it, or compose one of the parts that do and load the weights into that",
             )
-        with torch.device("meta"):
-            self.model: PreTrainedModel = self.family.model_class._from_config(self.config)
-        self._source = open_weights(folder)
+        self.model = _on_meta(folder, self.family, self.config)
+        self._source = open_weights(_weights(folder))
         self._names = self._canonical_names()
         self.kinds: Mapping[str, TensorKind] = {name: self._source.kinds[there] for name, there in self._names.items()}
 
@@ -52,9 +52,14 @@ class HuggingFaceModel:
         tied = self.model.all_tied_weights_keys
         return {name: tuple(value.shape) for name, value in self.model.state_dict().items() if name not in tied}
 
-    def read(self, name: str) -> torch.Tensor:
-        """One weight; it may be a view of its file."""
-        return self._source.read(self._names[name])
+    def reader(self) -> Read:
+        """Gives weights by name, as views of the files, which it closes when it goes."""
+        source = open_weights(self._source.path)
+        return lambda name: source.read(self._names[name])
+
+    def stream(self, names: Sequence[str]) -> Iterator[torch.Tensor]:
+        """The weights of these names, in this order."""
+        return map(self.reader(), names)
 
     def require_ties(self) -> None:
         """Raise ModelError where the files hold both of two tied weights and they differ."""
@@ -111,6 +116,25 @@ def _family(folder: Path, settings: Mapping[str, Any]) -> Family:
             fix=f"import one of: {', '.join(FAMILIES)}",
         )
     return FAMILIES[kind]
+
+
+def _on_meta(folder: Path, family: Family, config: PreTrainedConfig) -> PreTrainedModel:
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = family.model_class._from_config(config)
+    except (ValueError, LookupError, TypeError, ZeroDivisionError, RuntimeError) as error:
+        raise ModelError(
+            f"{folder / 'config.json'}: {family.model_class.__name__} cannot be made of it: {error!r}",
+            fix="correct the value that it names",
+        ) from error
+    return model
+
+
+def _weights(folder: Path) -> Path:
+    for name in HUGGING_FACE_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    raise ModelError(f"{folder} has no weights", fix=f"put them there: one of {', '.join(HUGGING_FACE_FILES)}")
 
 
 def _config(folder: Path, family: Family) -> PreTrainedConfig:

@@ -5,7 +5,7 @@ go one by one into the shards, and the package counts as done when it computes w
 """
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from forgather.conversion.hugging_face_model import HuggingFaceModel
 from forgather.conversion.new_folder import only_writer, refuse_what_is_there
 from forgather.conversion.recipes import Recipe, differences, following, kinds_made
 from forgather.conversion.shards import MAX_SHARD_BYTES, converted, tell_dtype, write_shards
-from forgather.conversion.verify import converting, on_meta, require_equal
+from forgather.conversion.verify import converting, on_meta, require_equal, require_same_computation
 from forgather.conversion.weight_sources import open_weights
 from forgather.durable import emptied, publish
 from forgather.errors import ModelError
@@ -69,23 +69,24 @@ def import_model(
         names = [name for name in ours.state_dict() if name not in ours.all_tied_weights_keys]
         recipes = {name: model.family.package_recipe(name) for name in names}
         _require_fit(model, recipes, {name: tuple(ours.state_dict()[name].shape) for name in names})
+        require_same_computation(
+            classes.model, classes.config, model.family.model_class, model.config, model.family.package_recipe
+        )
         kinds = converted(kinds_made(recipes, model.kinds), dtype)
         num_bytes = sum(kind.num_bytes for kind in kinds.values())
         num_parameters = sum(kind.num_bytes // kind.dtype.itemsize for kind in kinds.values())
         if dry_run:
             return Imported(model.family.model_type, num_parameters, num_bytes, None)
         model.require_ties()
-
-        def stream(names: Sequence[str]) -> Iterator[torch.Tensor]:
-            return map(model.read, names)
-
-        write_shards(package.dir, kinds, max_shard_bytes, following(recipes, stream))
+        write_shards(package.dir, kinds, max_shard_bytes, following(recipes, model.stream))
         tell_dtype(package.dir / "config.json", kinds)
         if (source / GENERATION_CONFIG).is_file():
             shutil.copy(source / GENERATION_CONFIG, package.dir / GENERATION_CONFIG)
         _require_same_tokens(tokenizer, package.dir)
         stock = on_meta(model.family.model_class, model.config)
-        difference = require_equal(ours, open_weights(package.dir).read, stock, converting(model.read, dtype))
+        difference = require_equal(
+            ours, lambda: open_weights(package.dir).read, stock, lambda: converting(model.reader(), dtype)
+        )
         publish(package.dir, destination)
     return Imported(model.family.model_type, num_parameters, num_bytes, difference)
 

@@ -18,7 +18,7 @@ from forgather.conversion.families import FAMILIES, Family
 from forgather.conversion.package_model import StoredModel
 from forgather.conversion.recipes import differences, following, kinds_made
 from forgather.conversion.shards import converted, tell_dtype, write_shards
-from forgather.conversion.verify import converting, on_meta, require_equal
+from forgather.conversion.verify import converting, on_meta, require_equal, require_same_computation
 from forgather.conversion.weight_sources import open_weights
 from forgather.errors import ModelError
 from forgather.models.construct import load_classes
@@ -44,6 +44,7 @@ def write_native(model: StoredModel, folder: Path, max_shard_bytes: int, dtype: 
     recipes = {name: family.stock_recipe(name) for name in shapes}
     if found := differences(recipes, shapes, model.kinds):
         raise _inexpressible(model, family, found)
+    require_same_computation(classes.model, classes.config, family.model_class, config, family.package_recipe)
 
     for file in files:
         if file.suffix != ".py" and file.name not in ("config.json", PACKAGE_MANIFEST):
@@ -53,7 +54,7 @@ def write_native(model: StoredModel, folder: Path, max_shard_bytes: int, dtype: 
     config.save_pretrained(folder)
     tell_dtype(folder / "config.json", kinds)
     write_shards(folder, kinds, max_shard_bytes, following(recipes, model.stream))
-    require_equal(stock, open_weights(folder).read, ours, converting(model.read, dtype))
+    require_equal(stock, lambda: open_weights(folder).read, ours, lambda: converting(model.reader(), dtype))
 
 
 def _family(model: StoredModel, config: PreTrainedConfig) -> Family:
@@ -96,7 +97,7 @@ def _require_parts(model: StoredModel, family: Family, ours: PreTrainedModel) ->
 
 
 def _traits(model: nn.Module) -> dict[str, object]:
-    """What each module is, and the numbers and switches that it holds; nothing where one is zero, off or not there.
+    """What each module is, its parameters, numbers and switches; nothing where one is zero, off or not there.
 
     So a part that has learnt something new, and does not do it here, is equal to what it was before. The model and its
     trunk have class names of their own.
@@ -109,6 +110,8 @@ def _traits(model: nn.Module) -> dict[str, object]:
                 is_plain = isinstance(value, (int, float, str, tuple)) and not key.startswith("_")
                 if is_plain and value and key != "training":
                     traits[f"{name}.{key}"] = value
+            for key, parameter in module.named_parameters(recurse=False):
+                traits[f"{name}.{key}"] = list(parameter.shape)
     return traits
 
 

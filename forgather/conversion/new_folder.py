@@ -11,30 +11,37 @@ from forgather.errors import CheckpointError
 
 @contextmanager
 def only_writer(destination: Path) -> Iterator[None]:
-    """One writer at a time to one folder, and what the operating system refuses with the path and what to do.
+    """One writer at a time to one folder that is not there, and what the system refuses with the path and what to do.
 
     CheckpointError when the folder is there, or is being written by another.
     """
     refuse_what_is_there(destination)
+    with locked(destination):
+        refuse_what_is_there(destination)
+        yield
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One writer at a time to one folder; CheckpointError when there is another, or the operating system refuses."""
     try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        path = destination.with_name(f".{destination.name}.lock")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        path = folder.with_name(f".{folder.name}.lock")
         lock = FileLock(path)
         try:
             lock.acquire(timeout=0)
         except Timeout:
             raise CheckpointError(
-                f"another export is writing {destination}", fix="let it end or stop it, or name another folder"
+                f"another process is writing {folder}", fix="let it end or stop it, or name another folder"
             ) from None
         try:
-            refuse_what_is_there(destination)
             yield
         finally:
             path.unlink(missing_ok=True)  # still held: who has just opened it finds that it has no name, and retries
             lock.release()
     except OSError as error:
         raise CheckpointError(
-            f"could not write {destination}: {error.strerror}", fix="name a folder that can be written and has space"
+            f"could not write {folder}: {error.strerror}", fix="name a folder that can be written and has space"
         ) from error
 
 

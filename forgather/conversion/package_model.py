@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from forgather.conversion.safetensors_file import TensorKind
+from forgather.conversion.verify import Read
 from forgather.conversion.weight_sources import HUGGING_FACE_FILES, open_weights
 from forgather.errors import CheckpointError, ModelError
 
@@ -29,7 +30,7 @@ class StoredModel(Protocol):
     def files(self) -> list[Path]:
         """The files of the package, all that belongs to them verified."""
 
-    def read(self, name: str) -> torch.Tensor: ...
+    def reader(self) -> Read: ...
 
     def stream(self, names: Sequence[str]) -> Iterator[torch.Tensor]:
         """The weights of these names, in this order; each is good until the next is asked for."""
@@ -52,13 +53,13 @@ class PackageModel:
         """What lies in the folder and is not weights."""
         return sorted(path for path in self.path.iterdir() if path.is_file() and _belongs(path.name))
 
-    def read(self, name: str) -> torch.Tensor:
-        """One weight; it may be a view of its file."""
-        return self._source.read(name)
+    def reader(self) -> Read:
+        """Gives weights by name, as views of the files, which it closes when it goes."""
+        return open_weights(self._source.path).read
 
     def stream(self, names: Sequence[str]) -> Iterator[torch.Tensor]:
         """The weights of these names, in this order."""
-        return map(self._source.read, names)
+        return map(self.reader(), names)
 
 
 def is_package(folder: Path) -> bool:

@@ -3,6 +3,7 @@
 Shapes: B rows, L tokens, V vocabulary.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,11 +12,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from forgather.conversion.recipes import Recipe
 from forgather.errors import ModelError
 
 TOLERANCE = 1e-5  # of the largest logit, and of 1 where none is as large
 _LENGTH = 24
 _WINDOW = 8  # so narrow, a sliding window shows within the tokens of the test
+# What is enough to show whether random weights are computed with in the same way: a round of Gemma's layers, for one.
+_LAYERS = 6
+_VOCABULARY = 512
 
 Read = Callable[[str], torch.Tensor]
 
@@ -33,10 +38,16 @@ def on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Pre
     return model.eval()
 
 
-def require_equal(one: PreTrainedModel, read_one: Read, other: PreTrainedModel, read_other: Read) -> float:
-    """The largest difference of the logits [B, L, V] of two models from `on_meta`; ModelError when it is too large."""
-    logits = logits_of(one, read_one)
-    expected = logits_of(other, read_other)
+def require_equal(
+    one: PreTrainedModel, reader: Callable[[], Read], other: PreTrainedModel, other_reader: Callable[[], Read]
+) -> float:
+    """The largest difference of the logits [B, L, V] of two models from `on_meta`; ModelError when it is too large.
+
+    Readers are asked for what reads a weight by its name, the second when the first is done with and its files are
+    closed: what is mapped of a file takes memory, too.
+    """
+    logits = logits_of(one, reader())
+    expected = logits_of(other, other_reader())
     difference = (logits - expected).abs().max().item()
     limit = TOLERANCE * max(1.0, expected.abs().max().item())
     if not difference <= limit:  # so that what is not a number does not pass
@@ -56,6 +67,44 @@ def converting(read: Read, dtype: torch.dtype | None) -> Read:
         return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
     return converted
+
+
+def require_same_computation(
+    one: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    other: type[PreTrainedModel],
+    other_config: PreTrainedConfig,
+    recipe: Callable[[str], Recipe],
+) -> None:
+    """ModelError unless the classes compute the same from random weights, in which everything has its effect.
+
+    The weights of a model that has hardly been trained may hide what a layer does; and nothing needs to be read or
+    written for this. The models have the first layers and tokens of their configs; `recipe` makes a parameter of `one`
+    of those of `other`.
+    """
+    ours, theirs = on_meta(one, _beginning(config)), on_meta(other, _beginning(other_config))
+    shapes = {name: tensor.shape for name, tensor in theirs.state_dict().items()}
+
+    def draw(name: str) -> torch.Tensor:
+        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
+        drawn = torch.randn(shapes[name], generator=torch.Generator().manual_seed(seed))
+        return drawn.mul_(max(drawn.shape) ** -0.5) if drawn.dim() > 1 else drawn.mul_(0.3).add_(0.6)
+
+    def make(name: str) -> torch.Tensor:
+        made = recipe(name)
+        return made.make([draw(source) for source in made.names])
+
+    require_equal(ours, lambda: make, theirs, lambda: draw)
+
+
+def _beginning(config: PreTrainedConfig) -> PreTrainedConfig:
+    config = type(config).from_dict(config.to_dict())
+    config.num_hidden_layers = min(config.num_hidden_layers, _LAYERS)
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = config.layer_types[:_LAYERS]
+    config.vocab_size = min(config.vocab_size, _VOCABULARY)
+    config.pad_token_id = None  # it may be beyond, and decides about gradients alone
+    return config
 
 
 @torch.no_grad()

@@ -158,7 +158,7 @@ def test_of_two_exports_to_one_folder_the_second_is_refused(tmp_path: Path, monk
 
     monkeypatch.setattr(module, "write_shards", meanwhile)
     export(tmp_path / "run", tmp_path / "out")
-    assert "another export is writing" in refused[0].message
+    assert "another process is writing" in refused[0].message
     assert refused[0].fix
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "package", "run"]
