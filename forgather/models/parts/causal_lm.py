@@ -25,6 +25,13 @@ class CausalLM(ComposedModel, GenerationMixin):
         self.lm_head = lm_head
         self.loss_type = "ForCausalLM"
 
+    def _get_resized_lm_head(self, old_lm_head: nn.Linear, *args: Any, **kwargs: Any) -> nn.Linear:
+        """transformers makes a plain head of the new size; the parameters go to the head that is there."""
+        resized: nn.Linear = super()._get_resized_lm_head(old_lm_head, *args, **kwargs)
+        old_lm_head.weight, old_lm_head.bias = resized.weight, resized.bias
+        old_lm_head.out_features = resized.out_features
+        return old_lm_head
+
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
