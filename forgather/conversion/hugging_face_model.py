@@ -43,14 +43,9 @@ class HuggingFaceModel:
             )
         self.model = _on_meta(folder, self.family, self.config)
         self._source = open_weights(_weights(folder))
+        self._parameters = set(self.model.state_dict())
         self._names = self._canonical_names()
         self.kinds: Mapping[str, TensorKind] = {name: self._source.kinds[there] for name, there in self._names.items()}
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """What transformers' model needs to be given: each parameter, of tied ones one."""
-        tied = self.model.all_tied_weights_keys
-        return {name: tuple(value.shape) for name, value in self.model.state_dict().items() if name not in tied}
 
     def reader(self) -> Read:
         """Gives weights by name, as views of the files, which it closes when it goes."""
@@ -77,14 +72,14 @@ class HuggingFaceModel:
         names = {}
         for there in self._source.kinds:
             name = self._canonical(there)
-            if name not in tied and not (name not in self.shapes and _COMPUTED.search(name)):
+            if name not in tied and (name in self._parameters or not _COMPUTED.search(name)):
                 names[name] = there
         return names
 
     def _canonical(self, there: str) -> str:
         """Files may hold the trunk alone, as those of GPT-2 do; a tied head is all that it lacks."""
         prefixed = f"{self.model.base_model_prefix}.{there}"
-        return prefixed if prefixed in self.model.state_dict() or _COMPUTED.search(prefixed) else there
+        return prefixed if prefixed in self._parameters or _COMPUTED.search(prefixed) else there
 
     def _stored(self, name: str) -> str | None:
         return next((there for there in self._source.kinds if self._canonical(there) == name), None)

@@ -19,7 +19,7 @@ from forgather.conversion.hugging_face_model import HuggingFaceModel
 from forgather.conversion.new_folder import only_writer, refuse_what_is_there
 from forgather.conversion.recipes import Recipe, differences, following, kinds_made
 from forgather.conversion.shards import MAX_SHARD_BYTES, converted, tell_dtype, write_shards
-from forgather.conversion.verify import converting, on_meta, require_equal, require_same_computation
+from forgather.conversion.verify import converting, on_meta, require_equal, require_same_computation, shapes_of
 from forgather.conversion.weight_sources import open_weights
 from forgather.durable import emptied, publish
 from forgather.errors import ModelError
@@ -66,9 +66,9 @@ def import_model(
         package.write()
         classes = load_classes(package.dir)
         ours = on_meta(classes.model, classes.config)
-        names = [name for name in ours.state_dict() if name not in ours.all_tied_weights_keys]
-        recipes = {name: model.family.package_recipe(name) for name in names}
-        _require_fit(model, recipes, {name: tuple(ours.state_dict()[name].shape) for name in names})
+        shapes = shapes_of(ours)
+        recipes = {name: model.family.package_recipe(name) for name in shapes}
+        _require_fit(model, recipes, shapes)
         require_same_computation(
             classes.model, classes.config, model.family.model_class, model.config, model.family.package_recipe
         )

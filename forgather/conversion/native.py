@@ -18,7 +18,7 @@ from forgather.conversion.families import FAMILIES, Family
 from forgather.conversion.package_model import StoredModel
 from forgather.conversion.recipes import differences, following, kinds_made
 from forgather.conversion.shards import converted, tell_dtype, write_shards
-from forgather.conversion.verify import converting, on_meta, require_equal, require_same_computation
+from forgather.conversion.verify import converting, on_meta, require_equal, require_same_computation, shapes_of
 from forgather.conversion.weight_sources import open_weights
 from forgather.errors import ModelError
 from forgather.models.construct import load_classes
@@ -36,11 +36,7 @@ def write_native(model: StoredModel, folder: Path, max_shard_bytes: int, dtype: 
     config = _stock_config(model, family, classes.config)
     ours, stock = on_meta(classes.model, classes.config), on_meta(family.model_class, config)
     _require_parts(model, family, ours)
-    shapes = {
-        name: tuple(value.shape)
-        for name, value in stock.state_dict().items()
-        if name not in stock.all_tied_weights_keys
-    }
+    shapes = shapes_of(stock)
     recipes = {name: family.stock_recipe(name) for name in shapes}
     if found := differences(recipes, shapes, model.kinds):
         raise _inexpressible(model, family, found)

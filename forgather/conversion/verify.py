@@ -38,6 +38,12 @@ def on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Pre
     return model.eval()
 
 
+def shapes_of(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """What the model needs to be given: each parameter, of tied ones one."""
+    tied = model.all_tied_weights_keys
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+
+
 def require_equal(
     one: PreTrainedModel, reader: Callable[[], Read], other: PreTrainedModel, other_reader: Callable[[], Read]
 ) -> float:
@@ -48,9 +54,15 @@ def require_equal(
     """
     logits = logits_of(one, reader())
     expected = logits_of(other, other_reader())
+    for model, values in ((one, logits), (other, expected)):
+        if not values.isfinite().all():
+            raise ModelError(
+                f"logits of {type(model).__name__} are not finite, so that nothing can be compared",
+                fix="take weights that hold no NaN and no infinity, such as an earlier checkpoint's",
+            )
     difference = (logits - expected).abs().max().item()
     limit = TOLERANCE * max(1.0, expected.abs().max().item())
-    if not difference <= limit:  # so that what is not a number does not pass
+    if difference > limit:
         raise ModelError(
             f"logits differ by up to {difference:.3g} between {type(one).__name__} and {type(other).__name__}, "
             f"and at most {limit:.3g} is rounding: they do not compute the same",

@@ -17,7 +17,7 @@ from forgather.conversion import importing
 from forgather.conversion.export import export
 from forgather.conversion.importing import import_model
 from forgather.errors import EXIT_OK, EXIT_USER, CheckpointError, ForgatherError, ModelError
-from tests.conversion.stock_models import VARIANTS, save_stock
+from tests.conversion.stock_models import LLAMA3, VARIANTS, save_stock
 
 WEIGHTS = "model.safetensors"
 
@@ -258,3 +258,22 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert len(list(Path(out).glob("*.safetensors"))) > 1
     assert main(["import", source, out]) == EXIT_USER
     assert "already there" in capsys.readouterr().err
+
+
+def test_a_config_as_older_versions_wrote_it(tmp_path: Path) -> None:
+    """Frequencies in two keys, sizes that follow from others left out, and keys that no model reads."""
+    stock = save_stock(tmp_path / "source", "llama", rope_parameters=LLAMA3, num_key_value_heads=4)
+    path = tmp_path / "source" / "config.json"
+    old = json.loads(path.read_text())
+    for key in ("rope_parameters", "num_key_value_heads", "head_dim", "dtype"):
+        del old[key]
+    scaling = {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
+    old |= {"rope_theta": LLAMA3["rope_theta"], "rope_scaling": scaling, "torch_dtype": "float32", "_flash": True}
+    path.write_text(json.dumps(old))
+    import_model(tmp_path / "source", tmp_path / "package")
+    package = AutoModelForCausalLM.from_pretrained(tmp_path / "package")
+    assert package.config.rope_parameters == LLAMA3
+    assert package.config.num_key_value_heads == 4
+    export(tmp_path / "package", tmp_path / "native", native=True)
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "native")
+    assert back.config.rope_parameters == stock.config.rope_parameters
