@@ -27,11 +27,11 @@ def num_parameters(project: Project) -> int | None:
         return None
     size = project.plain_arguments("tokenizer").get("vocab_size")
     given: dict[str, Any] = {"tokenizer": _stand_in(size)} if isinstance(size, int) else {}
-    config = PreTrainedConfig(**project.build("hf_config", given=given))
     try:
+        config = PreTrainedConfig(**project.build("hf_config", given=given))
         with torch.device("meta"):
             model = project.build("model", given={"hf_config": config})
-    except ValueError as error:  # parts know nothing of Forgather and its errors
+    except (ValueError, OSError) as error:  # of a part, or of a tokenizer that is not where it should be
         raise ModelError(str(error)) from error
     model.tie_weights()
     return count_parameters(model).total

@@ -1,5 +1,6 @@
 """Each stage of a config can be looked at from the command line, and a broken config hides no other."""
 
+import re
 import subprocess
 import sys
 
@@ -114,9 +115,13 @@ def test_ls_shows_the_size_of_configs_that_compose_a_model_and_trains_no_tokeniz
 def test_ls_says_why_a_model_has_no_size(forgather, project):
     (project / "parts.py").write_text(PARTS.replace("super().__init__(config)", "raise ValueError('rows are odd')", 1))
     (project / "configs" / "model.yaml").write_text(MODEL)
+    (project / "configs" / "nowhere.yaml").write_text(
+        "extends: model.yaml\ntokenizer: !singleton:open\n  - surely/not/here\n"
+    )
     done = forgather("ls", "--size")
     assert done.code == 0
-    assert "model  broken: rows are odd" in done.out
+    assert "model    broken: rows are odd" in done.out
+    assert re.search("nowhere  broken: .*surely/not/here", done.out)
     assert "* train" in done.out
 
 
