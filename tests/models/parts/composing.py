@@ -86,13 +86,14 @@ def compose(
 
     layer = pre_norm if layer is None else layer
     layers = stack(lambda layer_idx: layer(attention(made, layer_idx)), made.num_hidden_layers)
-    turns = any(getattr(one.self_attn, "rotary", False) for one in layers)
+    turns = any(getattr(part, "rotary", False) for part in layers.modules())
     parts = {
+        "layers": layers,
         "embed_tokens": nn.Embedding(made.vocab_size, made.hidden_size),
         "norm": RMSNorm(made.hidden_size),
         "rotary_emb": RotaryEmbedding(made) if turns else None,
     }
-    trunk = Decoder(made, layers=layers, **(parts | decoder))
+    trunk = Decoder(made, **(parts | decoder))
     model = Model(made, model=trunk, lm_head=nn.Linear(made.hidden_size, made.vocab_size, bias=False))
     rules = {r"norm\d?\.|slopes": Keep(may_match_nothing=True), ".": Normal(std=0.3)}
     initialize(model, rules, seed)
