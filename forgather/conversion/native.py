@@ -20,7 +20,7 @@ from forgather.conversion.recipes import differences, following, kinds_made
 from forgather.conversion.shards import converted, tell_dtype, write_shards
 from forgather.conversion.verify import converting, on_meta, require_equal, require_same_computation, shapes_of
 from forgather.conversion.weight_sources import open_weights
-from forgather.errors import ModelError
+from forgather.errors import ConfigError, ModelError
 from forgather.models.construct import load_classes
 from forgather.models.package import MANIFEST as PACKAGE_MANIFEST
 
@@ -77,8 +77,13 @@ def _stock_config(model: StoredModel, family: Family, config: PreTrainedConfig) 
 def _require_parts(model: StoredModel, family: Family, ours: PreTrainedModel) -> None:
     """Compare the modules with those of the family's project: transformers' class is known to be equal to them."""
     project = Project(f"lib:models/{family.project}")
-    with torch.device("meta"):
-        usual = project.build("model", given={"hf_config": ours.config})
+    try:
+        with torch.device("meta"):
+            usual = project.build("model", given={"hf_config": ours.config})
+    except ConfigError as error:  # the package is older than the project, which has learnt to read more
+        raise _inexpressible(
+            model, family, [f"config.json lacks what the project reads today: {error.message}"]
+        ) from error
     there, expected = _traits(ours), _traits(usual)
     stock = family.model_class.__name__
     found = [

@@ -232,3 +232,19 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["export", str(tmp_path / "other"), str(tmp_path / "no"), "--as=native"]) == EXIT_USER
     assert "names no hf_model_type" in capsys.readouterr().err
     assert json.loads((tmp_path / "native" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_a_package_that_is_older_than_what_its_project_reads(tmp_path: Path) -> None:
+    with_weights(build(tmp_path / "package", "gemma3"))
+    key = "attn_logit_softcapping"
+    for name, before, after in (
+        ("config.json", f'  "{key}": null,\n', ""),
+        ("modeling.py", f"    {key}: Any = None\n", ""),
+        ("architecture.py", f"hf_config.{key}", "None"),
+    ):
+        file = tmp_path / "package" / name
+        assert before in file.read_text()
+        file.write_text(file.read_text().replace(before, after))
+    with pytest.raises(ModelError, match=r"config.json lacks what the project reads today: .*attn_logit_softcapping"):
+        export(tmp_path / "package", tmp_path / "native", native=True)
+    assert not (tmp_path / "native").exists()

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from forgather.conversion.gpt2_names import of_package, of_stock
 from forgather.conversion.recipes import Recipe
 from forgather.conversion.verify import Read, logits_of, on_meta, require_equal, require_same_computation, shapes_of
