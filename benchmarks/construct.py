@@ -3,11 +3,11 @@
     python benchmarks/construct.py                 # about a minute on two cores
     python benchmarks/construct.py --shape 4M      # a quick look: the figures of memory are of small things then
 
-Three questions. How much memory and time a Llama of 70B takes on the meta device, imports apart. How much memory each of
-two processes takes, at its highest, to hold its half of a model of 1B that FSDP2 cuts and `initialize` draws: no more
-than the half itself and 1.2 of the largest parameter, above what the imports take. And how fast `initialize` is against
-torch's own `normal_`, in place, of the same tensors. Figures of memory come from fresh processes. Ends with 1 when a bar
-is missed.
+Three questions. How much memory and time does a Llama of 70B take on the meta device, imports apart? How much memory
+does each of two processes take, at its highest, to hold its half of a model of 1B that FSDP2 cuts and `initialize`
+draws: no more than the half itself and 1.2 of the largest parameter, above what the imports take. How fast is
+`initialize` against torch's own `normal_`, in place, of the same tensors? Figures of memory come from fresh processes.
+Ends with 1 when a bar is missed.
 """
 
 import argparse

@@ -1,7 +1,8 @@
 """What does our Llama cost to train? Its tokens/s against transformers' Llama, and the loss against plain logits.
 
     python benchmarks/model_speed.py            # about ten minutes on two cores
-    python benchmarks/model_speed.py --dose     # a minute: all of it runs, the figures say little
+    python benchmarks/model_speed.py --only loss
+    python benchmarks/model_speed.py --dose     # half a minute: all of it runs, the figures say little
 
 First the model: a package of ours and `LlamaForCausalLM` of the same shape, type, weights and attention (sdpa) make
 training steps in turns; their losses are compared before. Then linear cross-entropy at a vocabulary of 131,072 against
@@ -32,6 +33,7 @@ from forgather.trainers.linear_cross_entropy import linear_cross_entropy
 MIN_SPEED, NOISE = 1.0, 0.05
 MAX_MEMORY, MIN_LOSS_SPEED, MAX_LOSS_ERROR = 0.25, 0.9, 1e-5
 ROWS, WIDTH, VOCABULARY, CHUNK = 2048, 512, 131_072, 512
+TRAINED = (("4M", "fp32"), ("30M", "fp32"), ("30M", "bf16"))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -138,6 +140,7 @@ def loss_bars(dtype: str, options: argparse.Namespace) -> list[Bar]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=7, help="timed pairs (default: 7)")
+    parser.add_argument("--only", choices=("model", "loss"), help="one of the two questions (default: both)")
     parser.add_argument("--dose", action="store_true", help="small shapes and one pair, judging losses only")
     parser.add_argument("--figures", choices=LOSSES, help=argparse.SUPPRESS)  # what a process it starts has to do
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help=argparse.SUPPRESS)
@@ -153,9 +156,9 @@ def main() -> int:
     print(machine_line())
     bars = []
     with tempfile.TemporaryDirectory() as folder:
-        for shape, dtype in (("4M", "fp32"), ("30M", "fp32"), ("30M", "bf16")):
+        for shape, dtype in TRAINED if options.only != "loss" else ():
             bars.append(model_speed(Path(folder), shape, dtype, options))
-    for dtype in DTYPES:
+    for dtype in DTYPES if options.only != "model" else ():
         bars += loss_bars(dtype, options)
     code = print_verdict(bars)
     return 0 if options.dose else code

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from forgather.data.batch import NO_TARGET
 
-# In bf16, logits are fp32 and the gradient of the weight is added up in fp32. Slices of the vocabulary bound what is
-# cast on the way: 16 MiB at D = 512.
+# In bf16, logits are fp32 and gradients are added up in fp32. Slices of the vocabulary bound what is cast on the way:
+# 16 MiB at D = 512.
 SLICE = 8192
 
 
@@ -33,32 +33,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk_rows: int, with_gradient: bool
     ) -> Tensor:
-        num_rows, vocabulary = len(hidden_ND), len(weight_VD)
-        loss = torch.zeros((), device=hidden_ND.device)
-        hidden_grad_ND = torch.empty_like(hidden_ND) if with_gradient else None
-        weight_grad_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if with_gradient else None
-        # One buffer for all chunks: fresh memory of this size costs more than what is computed in it.
-        buffer = torch.empty((min(chunk_rows, num_rows), vocabulary), device=hidden_ND.device)
-        for start in range(0, num_rows, chunk_rows):
-            rows = slice(start, min(start + chunk_rows, num_rows))
-            hidden_CD, targets_C, logits_CV = hidden_ND[rows], targets_N[rows], buffer[: rows.stop - rows.start]
-            counted_C = targets_C != NO_TARGET
-            index_C1 = targets_C.clamp(min=0).unsqueeze(1)
-            _multiply(hidden_CD, weight_VD, out=logits_CV)
-            target_logits_C = logits_CV.gather(1, index_C1).squeeze(1)
-            # In place from here: softmax as exp(logits - max) / sum, with the loss read off on the way.
-            max_C1 = logits_CV.amax(1, keepdim=True)
-            sum_C1 = logits_CV.sub_(max_C1).exp_().sum(1, keepdim=True)
-            losses_C = sum_C1.log().add_(max_C1).squeeze(1) - target_logits_C
-            loss += losses_C.masked_fill(~counted_C, 0.0).sum()
-            if hidden_grad_ND is None or weight_grad_VD is None:
-                continue
-            grad_CV = logits_CV.mul_(counted_C.unsqueeze(1) / sum_C1)
-            grad_CV.scatter_add_(1, index_C1, -counted_C.unsqueeze(1).float())
-            low_grad_CV = grad_CV.to(hidden_ND.dtype)
-            torch.mm(low_grad_CV, weight_VD, out=hidden_grad_ND[rows])
-            _add_product(weight_grad_VD, low_grad_CV, hidden_CD)
-        if hidden_grad_ND is not None and weight_grad_VD is not None:
+        loss, gradients = _in_chunks(hidden_ND, weight_VD, targets_N, chunk_rows, with_gradient)
+        if gradients is not None:
+            hidden_grad_ND, weight_grad_VD = gradients
             ctx.save_for_backward(hidden_grad_ND, weight_grad_VD.to(weight_VD.dtype))
         return loss
 
@@ -68,6 +45,84 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_grad_ND, weight_grad_VD = ctx.saved_tensors
         # The scale is a 0-d fp32 tensor, so the products keep the type of the gradients.
         return hidden_grad_ND * grad, weight_grad_VD * grad, None, None, None
+
+
+def _in_chunks(
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk_rows: int, with_gradient: bool
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """The loss, and the gradients of the hidden states and of the weight; the latter is fp32."""
+    num_rows, vocabulary = len(hidden_ND), len(weight_VD)
+    loss = torch.zeros((), device=hidden_ND.device)
+    gradients = (
+        (torch.empty_like(hidden_ND), torch.zeros_like(weight_VD, dtype=torch.float32)) if with_gradient else None
+    )
+    # One buffer for all chunks: fresh memory of this size costs more than what is computed in it.
+    buffer = torch.empty((min(chunk_rows, num_rows), vocabulary), device=hidden_ND.device)
+    for start in range(0, num_rows, chunk_rows):
+        rows = slice(start, min(start + chunk_rows, num_rows))
+        chunk = _Chunk(hidden_ND[rows], weight_VD, targets_N[rows], buffer[: rows.stop - rows.start])
+        loss += chunk.loss()
+        if gradients is not None:
+            hidden_grad_ND, weight_grad_VD = gradients
+            hidden_grad_ND[rows] = chunk.gradients(weight_grad_VD)
+    return loss, gradients
+
+
+class _Chunk:
+    """The logits of some rows, made, turned to probabilities and to gradients in one buffer.
+
+    On a CPU this goes slice by slice of the vocabulary, so that each is still in the cache for the next operation. The
+    softmax is taken with the highest logit so far, and what that was is made up for at the end: Milakov and Gimelshein
+    2018, "Online normalizer calculation for softmax", arXiv:1805.02867.
+    """
+
+    def __init__(self, hidden_CD: Tensor, weight_VD: Tensor, targets_C: Tensor, buffer_CV: Tensor) -> None:
+        self.hidden_CD = hidden_CD
+        self.weight_VD = weight_VD
+        self.targets_C1 = targets_C.unsqueeze(1)
+        self.counted_C1 = self.targets_C1 != NO_TARGET
+        self.buffer_CV = buffer_CV
+        # On a GPU an operation costs its launch, so there is one slice.
+        vocabulary = len(weight_VD)
+        self.slices = [slice(0, vocabulary)] if hidden_CD.is_cuda else list(_slices(vocabulary))
+        self.max_C1 = buffer_CV.new_full((len(hidden_CD), 1), -torch.inf)
+        self.sum_C1 = buffer_CV.new_zeros((len(hidden_CD), 1))
+        self.max_by_slice: list[Tensor] = []
+
+    def loss(self) -> Tensor:
+        """The sum over the rows that count; leaves exp(logits - highest so far) in the buffer."""
+        target_logits_C1 = torch.zeros_like(self.sum_C1)
+        for entries in self.slices:
+            logits_CS = self.buffer_CV[:, entries]
+            _multiply(self.hidden_CD, self.weight_VD[entries], out=logits_CS)
+            index_C1, is_here_C1 = self._targets_in(entries)
+            target_logits_C1 += logits_CS.gather(1, index_C1).masked_fill_(~is_here_C1, 0.0)
+            max_C1 = torch.maximum(self.max_C1, logits_CS.amax(1, keepdim=True))
+            self.sum_C1 *= (self.max_C1 - max_C1).exp_()
+            self.sum_C1 += logits_CS.sub_(max_C1).exp_().sum(1, keepdim=True)
+            self.max_C1 = max_C1
+            self.max_by_slice.append(max_C1)
+        losses_C1 = self.sum_C1.log().add_(self.max_C1).sub_(target_logits_C1)
+        return losses_C1.masked_fill_(~self.counted_C1, 0.0).sum()
+
+    def gradients(self, weight_grad_VD: Tensor) -> Tensor:
+        """The gradient of the hidden states, [C, D] fp32; the weight's is added to `weight_grad`, which is fp32."""
+        hidden_grad_CD = torch.zeros_like(self.hidden_CD, dtype=torch.float32)
+        for entries, max_C1 in zip(self.slices, self.max_by_slice, strict=True):
+            scale_C1 = (max_C1 - self.max_C1).exp_().div_(self.sum_C1).mul_(self.counted_C1)
+            grad_CS = self.buffer_CV[:, entries].mul_(scale_C1)
+            index_C1, is_here_C1 = self._targets_in(entries)
+            grad_CS.scatter_add_(1, index_C1, -is_here_C1.float())
+            low_grad_CS = grad_CS.to(self.hidden_CD.dtype)
+            _add_product(hidden_grad_CD, low_grad_CS, self.weight_VD[entries])
+            _add_product(weight_grad_VD[entries], low_grad_CS.T, self.hidden_CD)
+        return hidden_grad_CD
+
+    def _targets_in(self, entries: slice) -> tuple[Tensor, Tensor]:
+        """Where in a slice each row's target stands, and whether it is one that counts and stands there."""
+        index_C1 = self.targets_C1 - entries.start
+        width = entries.stop - entries.start
+        return index_C1.clamp(0, width - 1), (index_C1 >= 0) & (index_C1 < width) & self.counted_C1
 
 
 def _multiply(hidden_CD: Tensor, weight_VD: Tensor, out: Tensor) -> None:
@@ -84,13 +139,13 @@ def _multiply(hidden_CD: Tensor, weight_VD: Tensor, out: Tensor) -> None:
         torch.mm(hidden_CD, weight_VD[entries].float().T, out=out[:, entries])
 
 
-def _add_product(total_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor) -> None:
-    """Add `grad.T @ hidden` to `total`, which is fp32."""
-    if hidden_CD.dtype == torch.float32:
-        total_VD.addmm_(grad_CV.T, hidden_CD)
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add `left @ right` to `total`, which is fp32."""
+    if left.dtype == torch.float32:
+        total.addmm_(left, right)
         return
-    for entries in _slices(grad_CV.shape[1]):
-        total_VD[entries] += grad_CV[:, entries].T @ hidden_CD
+    for rows in _slices(len(total)):  # they bound what is rounded to bf16 on the way
+        total[rows] += left[rows] @ right
 
 
 def _slices(vocabulary: int) -> Iterator[slice]:
