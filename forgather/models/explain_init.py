@@ -59,10 +59,12 @@ def _written(initializer: object) -> str:
         return repr(initializer)
     values = {field.name: getattr(initializer, field.name) for field in fields(initializer)}
     values.pop("may_match_nothing", None)
-    shown = (
-        f"{name}={value:.6g}" if isinstance(value, float) else f"{name}={value!r}" for name, value in values.items()
-    )
+    shown = (f"{name}={_value(value)}" for name, value in values.items() if value is not None)
     return f"{type(initializer).__name__}({', '.join(shown)})"
+
+
+def _value(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else _written(value)
 
 
 def _alike(explained: Iterable[Explained]) -> list[list[Explained]]:

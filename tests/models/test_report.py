@@ -10,7 +10,7 @@ from torch import nn
 from forgather.models.construct import load_classes
 from forgather.models.explain_init import Explained, describe_init, explain_init
 from forgather.models.package import Package
-from forgather.models.parts.initializers import Normal, Ones
+from forgather.models.parts.initializers import Keep, Normal, Ones, ZeroRow
 from forgather.models.report import count_blocks, count_parameters, facts, report
 from forgather.models.training_memory import training_memory
 from tests.models.example import tokenizer
@@ -100,6 +100,8 @@ def test_the_first_of_two_rules_is_explained_and_none_is_said() -> None:
         ("norm", "Normal(std=0.123457, mean=0)"),
         (None, None),
     ]
+    kept = explain_init(model, {"norm": Keep(), ".": ZeroRow(initializer=Normal(std=1.0), row=2)})
+    assert [each.initializer for each in kept] == ["Keep()"] * 2 + ["ZeroRow(initializer=Normal(std=1, mean=0), row=2)"]
     assert describe_init(explained)[-1].split() == ["out.weight", "[4,", "4]", "none"]
 
 
