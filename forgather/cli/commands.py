@@ -29,6 +29,7 @@ COMMANDS = {
     "train": ("forgather.cli.train", "Train a model, or continue the run that is there"),
     "import": ("forgather.cli.import_", "Make a model package of a Hugging Face model"),
     "export": ("forgather.cli.export", "Write a Hugging Face folder from a run, a checkpoint or a package"),
+    "vocab": ("forgather.cli.vocab", "Add tokens to a model and its tokenizer"),
 }
 
 

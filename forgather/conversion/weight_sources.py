@@ -8,6 +8,7 @@ A checkpoint of ours, a Hugging Face folder and a file look the same from here o
 
 import json
 import pickle
+import re
 import struct
 import warnings
 import zipfile
@@ -32,6 +33,8 @@ HUGGING_FACE_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+# Those names, and what an index may name.
+HUGGING_FACE_WEIGHTS = re.compile(r"(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
 _PICKLES = (".bin", ".pt", ".pth")
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 # What reading a file that was cut off, or was never one of torch's, ends in.

@@ -1,6 +1,5 @@
 """Weights of a model in memory into a folder, as the files in which Hugging Face keeps them."""
 
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,12 +11,10 @@ from torch.distributed.tensor import DTensor
 
 from forgather.conversion.safetensors_file import TensorKind
 from forgather.conversion.shards import MAX_SHARD_BYTES, shards_of, tell_dtype, write_index, write_shards
-from forgather.conversion.weight_sources import HUGGING_FACE_FILES
+from forgather.conversion.weight_sources import HUGGING_FACE_FILES, HUGGING_FACE_WEIGHTS
 from forgather.durable import sync, sync_all
 from forgather.errors import CheckpointError
 from forgather.models.names import plain_name
-
-_WEIGHTS = re.compile(r"(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
 
 
 def save_weights(
@@ -93,7 +90,7 @@ def _write_pickles(
 def _move_in(aside: Path, folder: Path) -> list[Path]:
     """Let the files in `aside` take the place of the weights in `folder`."""
     files = sorted(path.name for path in aside.iterdir())
-    weights = [name for name in files if _WEIGHTS.fullmatch(name)]
+    weights = [name for name in files if HUGGING_FACE_WEIGHTS.fullmatch(name)]
     sync_all(aside.iterdir())
     if len(weights) > 2:  # several shards and their index
         # Without what names them, old shards are no weights; so new and old ones never load together.
@@ -103,7 +100,7 @@ def _move_in(aside: Path, folder: Path) -> list[Path]:
     for name in sorted(files, key=lambda name: name.endswith(".json")):
         (aside / name).replace(folder / name)
     for path in folder.iterdir():
-        if _WEIGHTS.fullmatch(path.name) and path.name not in weights:
+        if HUGGING_FACE_WEIGHTS.fullmatch(path.name) and path.name not in weights:
             path.unlink()
     sync(folder)
     return [folder / name for name in weights]

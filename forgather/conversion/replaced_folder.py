@@ -1,0 +1,56 @@
+"""A folder that takes the place of another of the same name, and all that the other held besides.
+
+There are two renames; between them the name stands for nothing, and the old folder is beside it. A killed process never
+leaves a folder that is partly old and partly new.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from forgather.durable import emptied, sync, sync_all
+
+
+@contextmanager
+def replacing(folder: Path, *, without: Callable[[str], bool]) -> Iterator[Path]:
+    """Gives an empty folder that becomes `folder` when the block ends; what it lacks of the old one is taken along.
+
+    That is but for the files whose name is `without`. OSError when it cannot be, and `folder` is as it was.
+    """
+    folder = folder.resolve()
+    with emptied(folder.with_name(f".{folder.name}.partial")) as aside:
+        yield aside
+        for path in folder.iterdir():
+            if not (aside / path.name).exists() and not without(path.name):
+                _take_along(path, aside / path.name)
+        sync_all([*aside.rglob("*"), aside])
+        before = _before(folder)
+        folder.rename(before)
+        try:
+            aside.rename(folder)
+        except OSError:
+            before.rename(folder)
+            raise
+        sync(folder.parent)
+    shutil.rmtree(before)
+
+
+def restored(folder: Path) -> None:
+    """Give `folder` back its name where a process was killed between the two renames."""
+    folder = folder.resolve()
+    if not folder.exists() and _before(folder).is_dir():
+        _before(folder).rename(folder)
+
+
+def _before(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.before")
+
+
+def _take_along(path: Path, target: Path) -> None:
+    """A second name for each file: nothing is copied, however large runs and checkpoints are."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.copytree(path, target, symlinks=True, copy_function=os.link)
+    else:
+        os.link(path, target, follow_symlinks=False)
