@@ -188,6 +188,20 @@ def test_a_package_that_computes_something_else_is_not_left(tmp_path: Path) -> N
     assert sorted(tmp_path.iterdir()) == there
 
 
+def test_files_that_hold_something_else_are_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_weights(build(tmp_path / "package", "gpt2"))
+    following = module.following
+
+    def swapping(recipes: Any, stream: Any) -> Any:
+        return lambda names: (tensor.flip(0) for tensor in following(recipes, stream)(names))
+
+    monkeypatch.setattr(module, "following", swapping)
+    there = sorted(tmp_path.iterdir())
+    with pytest.raises(ModelError, match=r"logits differ by up to .* between GPT2LMHeadModel and PackageForCausalLM"):
+        export(tmp_path / "package", tmp_path / "native", native=True)
+    assert sorted(tmp_path.iterdir()) == there
+
+
 def test_a_package_form_of_a_package_is_a_copy_cut_anew(tmp_path: Path) -> None:
     model = with_weights(build(tmp_path / "package", "deepone"))
     (tmp_path / "package" / "runs").mkdir()
