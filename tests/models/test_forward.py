@@ -118,21 +118,6 @@ def test_no_cache_is_opened_in_training(tiny: Package) -> None:
     assert tiny.construct("cpu").train()(TOKENS).past_key_values is None
 
 
-def test_logits_to_keep(model: PreTrainedModel) -> None:
-    logits = model(TOKENS).logits
-    torch.testing.assert_close(model(TOKENS, logits_to_keep=1).logits, logits[:, -1:])
-    torch.testing.assert_close(model(TOKENS, logits_to_keep=torch.tensor([0, 3])).logits, logits[:, [0, 3]])
-
-
-def test_labels(model: PreTrainedModel) -> None:
-    labels = TOKENS.clone()
-    labels[:, :5] = -100
-    outputs = model(TOKENS, labels=labels)
-    wanted = torch.nn.functional.cross_entropy(outputs.logits[:, 4:-1].flatten(0, 1), TOKENS[:, 5:].flatten())
-    torch.testing.assert_close(outputs.loss, wanted)
-    torch.testing.assert_close(model(TOKENS, labels=labels, num_items_in_batch=9).loss, wanted * 45 / 9)
-
-
 def test_recomputation_changes_no_gradient(tiny: Package) -> None:
     gradients = []
     for recompute in (False, True):

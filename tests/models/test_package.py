@@ -2,8 +2,6 @@
 
 import errno
 import json
-import os
-import shutil
 import subprocess
 import sys
 from itertools import count
@@ -24,90 +22,6 @@ from tests.ranks import RankPool
 from tests.test_durable import what_is_done
 
 TOKENS = torch.arange(3, 23).view(2, 10)
-
-# What the brief does with a model, in a process that has no Forgather.
-ELSEWHERE = """
-import json, sys, torch
-
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "forgather":
-            raise ImportError(f"{name} is blocked")
-
-sys.meta_path.insert(0, Blocked())
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
-
-model_path, saved = sys.argv[1:]
-tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=True)
-config = AutoConfig.from_pretrained(model_path, trust_remote_code=True)
-model = AutoModelForCausalLM.from_config(config)
-fresh = {name: parameter.std().item() for name, parameter in model.named_parameters()}
-model.eval()
-inputs = tokenizer("that this", return_tensors="pt").input_ids
-logits = model(inputs).logits
-model.save_pretrained(model_path)
-model.save_pretrained(saved)
-again = AutoModelForCausalLM.from_pretrained(model_path, trust_remote_code=True)
-copied = AutoModelForCausalLM.from_pretrained(saved, trust_remote_code=True)
-trunk = AutoModel.from_pretrained(saved, trust_remote_code=True)
-print(json.dumps({
-    "std": fresh,
-    "logits": logits[0, -1, :5].tolist(),
-    "generated": model.generate(inputs, max_new_tokens=5, do_sample=False).tolist(),
-    "ids": inputs.tolist(),
-    "equal": [torch.equal(other(inputs).logits, logits) for other in (again, copied)],
-    "trunk": torch.equal(trunk(inputs).last_hidden_state, model.model(inputs).last_hidden_state),
-    "tied": [other.lm_head.weight is other.model.embed_tokens.weight for other in (again, copied)],
-    "class": type(again).__name__,
-    "chat_template": tokenizer.chat_template,
-    "forgather": [name for name in sys.modules if name.split(".")[0] == "forgather"],
-}))
-"""
-
-
-@pytest.fixture(scope="module")
-def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    root = tmp_path_factory.mktemp("elsewhere")
-    package(root / "built" / "tied_llama", tie_word_embeddings=True).write()
-    shutil.move(root / "built" / "tied_llama", root / "moved")
-    environment = os.environ | {"HF_HOME": str(root / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "error::UserWarning", "-c", ELSEWHERE, root / "moved", root / "saved"]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return {**json.loads(done.stdout), "root": root}
-
-
-def test_the_brief_works_without_forgather(elsewhere: dict[str, Any]) -> None:
-    assert elsewhere["forgather"] == []
-    assert elsewhere["class"] == "TiedLlamaForCausalLM"
-    assert elsewhere["equal"] == [True, True]
-    assert elsewhere["trunk"]
-    assert elsewhere["tied"] == [True, True]
-    assert elsewhere["chat_template"] == "{{ messages }}"
-    assert len(elsewhere["generated"][0]) == len(elsewhere["ids"][0]) + 5
-
-
-def test_from_config_draws_by_the_rules(elsewhere: dict[str, Any]) -> None:
-    std = elsewhere["std"]
-    assert std["model.embed_tokens.weight"] == pytest.approx(64**-0.5, rel=0.05)
-    assert std["model.layers.2.self_attn.o_proj.weight"] == pytest.approx(0.02 / 6**0.5, rel=0.05)
-    assert std["model.layers.2.mlp.up_proj.weight"] == pytest.approx(0.02, rel=0.05)
-    assert std["model.norm.weight"] == 0
-    assert "lm_head.weight" not in std
-
-
-def test_a_tied_weight_is_saved_once(elsewhere: dict[str, Any]) -> None:
-    from safetensors import safe_open
-
-    with safe_open(elsewhere["root"] / "saved" / "model.safetensors", "pt") as weights:
-        assert "model.embed_tokens.weight" in weights.keys()  # noqa: SIM118  it is not a mapping
-        assert "lm_head.weight" not in weights.keys()  # noqa: SIM118
-
-
-def test_a_package_that_save_pretrained_wrote_into_is_not_stale(elsewhere: dict[str, Any]) -> None:
-    root = elsewhere["root"]
-    shutil.copytree(root / "moved", root / "back" / "tied_llama")
-    package(root / "back" / "tied_llama", tie_word_embeddings=True).write()
 
 
 def test_the_files_that_the_brief_names(tiny: Package) -> None:
@@ -275,13 +189,13 @@ def test_damaged_files_are_stale(folder: Path, name: str, content: bytes) -> Non
 def test_parts_that_are_no_longer_used_go_with_a_refresh(folder: Path) -> None:
     package(folder).write()
     manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["files"]["alibi.py"] = "0"
+    manifest["files"]["former.py"] = "0"
     (folder / MANIFEST).write_text(json.dumps(manifest))
-    (folder / "alibi.py").write_text("")
-    with pytest.raises(ModelError, match=r"alibi\.py is no longer part of it"):
+    (folder / "former.py").write_text("")
+    with pytest.raises(ModelError, match=r"former\.py is no longer part of it"):
         package(folder).write()
     package(folder).write(refresh=True)
-    assert not (folder / "alibi.py").exists()
+    assert not (folder / "former.py").exists()
 
 
 @pytest.mark.parametrize("refresh", [False, True])
