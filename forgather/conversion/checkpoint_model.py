@@ -46,11 +46,16 @@ def candidates(source: Path) -> list[Path]:
         raise CheckpointError(
             f"the run {source} has no checkpoint to export: {why}", fix="continue its training" if aside else every
         )
+    if (source / "config.json").is_file():
+        raise CheckpointError(
+            f"{source} has a config.json and no weights",
+            fix="give it weights: forgather model --device cpu --save-checkpoint construct",
+        )
     runs = sorted(path.parent for path in source.glob("runs/*/checkpoints")) if source.is_dir() else []
     hint = f"; runs here: {', '.join(map(str, runs))}" if runs else ""
     raise CheckpointError(
-        f"{source} is neither a checkpoint nor a run with one",
-        fix=f"name a run folder, or one of the folders in its checkpoints/{hint}",
+        f"{source} is neither a checkpoint nor a run with one, and no package with weights",
+        fix=f"name a run folder, one of the folders in its checkpoints/, or a package with weights{hint}",
     )
 
 

@@ -88,7 +88,8 @@ class HuggingFaceModel:
 def _settings(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
-        raise ModelError(f"{folder} has no config.json, so it is no Hugging Face model", fix="name a folder that has")
+        said = "has no config.json, so it is no Hugging Face model" if folder.is_dir() else "is no folder"
+        raise ModelError(f"{folder} {said}", fix="name a folder that holds a Hugging Face model")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -239,6 +239,18 @@ def test_a_package_that_would_not_compute_the_same_is_not_left(tmp_path: Path, m
     assert names_in(tmp_path) == ["source"]
 
 
+def test_a_tokenizer_that_changes_as_it_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_stock(tmp_path / "source", "llama")
+
+    def saved_otherwise(package: Path, *_: Any) -> None:
+        change_json(package / "tokenizer.json", normalizer={"type": "Lowercase"})
+
+    monkeypatch.setattr(importing, "write_shards", saved_otherwise)
+    with pytest.raises(ModelError, match="once saved, the tokenizer gives other ids"):
+        import_model(tmp_path / "source", tmp_path / "package")
+    assert names_in(tmp_path) == ["source"]
+
+
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     save_stock(tmp_path / "source", "llama")
     (tmp_path / "package").mkdir()
