@@ -252,7 +252,7 @@ def _on_meta(make: Make, config: PreTrainedConfig, **changes: Any) -> PreTrained
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise DataError(f"{folder} has no tokenizer that transformers can read: {error}", fix="put it there") from error
 

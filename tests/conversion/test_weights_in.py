@@ -94,7 +94,6 @@ def test_a_run_and_its_checkpoint_are_read(tmp_path: Path, part: str) -> None:
     assert_holds(model, weights)
 
 
-@pytest.mark.case(43)
 def test_of_a_run_the_highest_step_that_is_whole_is_read_whatever_the_times_of_files(tmp_path: Path) -> None:
     save_run(str(tmp_path / "run"), num_steps=2)
     first, second = (tmp_path / "run" / "checkpoints" / f"step-0000000{step}" for step in (1, 2))
