@@ -116,7 +116,7 @@ def _draw(parameter: torch.Tensor, fill: Fill, key: str) -> None:
     straight = whole_rows and local.is_contiguous() and local.device.type == "cpu" and local.dtype == torch.float32
     edges = [*range(0, local.shape[0], rows_at_once), local.shape[0]]
     for first, end in pairwise(edges):
-        drawn = local[first:end].view(-1) if straight else torch.empty((end - first) * row)
+        drawn = local[first:end].view(-1) if straight else torch.empty((end - first) * row, dtype=torch.float32)
         start = ((offsets[0] if offsets else 0) + first) * row
         _draw_range(drawn, start, shape.numel(), fill, key)
         if not straight:
@@ -141,7 +141,7 @@ def _draw_range(out: torch.Tensor, start: int, numel: int, fill: Fill, key: str)
         if start <= low and high <= end:
             fill(out[low - start : high - start], generator)
         else:
-            block = torch.empty(high - low)
+            block = torch.empty(high - low, dtype=torch.float32)
             fill(block, generator)
             first, last = max(low, start), min(high, end)
             out[first - start : last - start] = block[first - low : last - low]
@@ -156,7 +156,7 @@ def _draw_by_module(module: nn.Module, attribute: str, key: str) -> None:
         )
     whole = copy.copy(module)
     whole._parameters = {
-        name: None if parameter is None else nn.Parameter(torch.empty(parameter.shape))
+        name: None if parameter is None else nn.Parameter(torch.empty(parameter.shape, dtype=torch.float32))
         for name, parameter in module._parameters.items()
     }
     with torch.random.fork_rng(devices=[]):
@@ -168,7 +168,7 @@ def _draw_by_module(module: nn.Module, attribute: str, key: str) -> None:
 
 def _draw_whole(parameter: torch.Tensor, fill: Fill, key: str) -> None:
     """Fill this rank's part of a parameter by drawing the whole, for an initializer that looks at all of it."""
-    whole = torch.empty(parameter.shape)
+    whole = torch.empty(parameter.shape, dtype=torch.float32)
     fill(whole, torch.Generator().manual_seed(_seed(key)))
     _keep_part(parameter, whole)
 

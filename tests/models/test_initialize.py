@@ -13,7 +13,19 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCau
 from forgather.errors import ModelError
 from forgather.models.initialize import BLOCK, initialize, make_whole
 from forgather.models.package import Package
-from forgather.models.parts.initializers import DepthScaledNormal, Keep, Normal, Ones, Zeros
+from forgather.models.parts.initializers import (
+    Constant,
+    DepthScaledNormal,
+    FanInNormal,
+    Keep,
+    Normal,
+    Ones,
+    Orthogonal,
+    Uniform,
+    XavierUniform,
+    ZeroRow,
+    Zeros,
+)
 from tests.models.example import llama_config
 from tests.ranks import RankPool
 
@@ -36,6 +48,10 @@ class Odd(nn.Module):
         self.one = nn.Parameter(torch.empty(()))
         self.linear = nn.Linear(70, 30)
         self.counted = nn.Parameter(torch.empty(9, 11))
+        self.turning = nn.Parameter(torch.empty(7, 13))
+        self.fan = nn.Parameter(torch.empty(50, 17))
+        self.table = nn.Embedding(9, 6)
+        self.even = nn.Parameter(torch.empty(33))
 
 
 @dataclass(frozen=True)
@@ -46,11 +62,19 @@ class ByShape:
     needs_whole = True
 
     def fill(self, tensor: torch.Tensor, generator: torch.Generator | None = None) -> None:
-        factor = torch.rand((), generator=generator)
+        factor = torch.rand((), generator=generator, dtype=tensor.dtype)
         tensor.copy_(torch.arange(tensor.numel(), dtype=torch.float32).view(tensor.shape) * factor)
 
 
-ODD_RULES = {"linear": Keep(), "counted": ByShape(), ".": Normal(std=1.0)}
+ODD_RULES = {
+    "linear": Keep(),
+    "counted": ByShape(),
+    "turning": Orthogonal(),
+    "fan": XavierUniform(),
+    "table": ZeroRow(initializer=FanInNormal(), row=7),
+    "even": Uniform(bound=2.0),
+    ".": Normal(std=1.0),
+}
 
 
 def odd() -> Odd:
@@ -131,6 +155,7 @@ def test_fully_shard_starts_as_one_process_does(ranks: RankPool, tie: bool, dtyp
     ranks.run(sharded_llama, tie, dtype)
 
 
+@pytest.mark.case(35)
 def test_values_depend_on_seed_and_name_alone() -> None:
     first, second, other = drawn(stock()), drawn(stock(num_hidden_layers=2)), drawn(stock(), seed=8)
     name = "model.layers.1.self_attn.q_proj.weight"
@@ -154,6 +179,7 @@ def test_low_precision_is_the_float32_draw_rounded() -> None:
         assert torch.equal(tensor.bfloat16(), rounded[name]), name
 
 
+@pytest.mark.case(29, 30)
 def test_distributions_of_the_llama_set(tiny: Package) -> None:
     model = tiny.construct("cpu")
     std = {name: parameter.std().item() for name, parameter in model.named_parameters()}
@@ -168,16 +194,36 @@ def test_distributions_of_the_llama_set(tiny: Package) -> None:
     assert torch.equal(model.model.norm.weight, torch.ones(64))
 
 
+@pytest.mark.case(30)
+def test_biases_are_zero_and_so_is_the_row_of_the_padding_token() -> None:
+    values = drawn(
+        stock(attention_bias=True),
+        {r"embed_tokens": ZeroRow(initializer=Normal(std=1.0), row=1), r"k_proj\.bias$": Constant(value=2.5), **RULES},
+    )
+    assert not values["model.layers.1.self_attn.q_proj.bias"].any()
+    assert torch.equal(values["model.layers.1.self_attn.k_proj.bias"], torch.full((32,), 2.5))
+    rows = values["model.embed_tokens.weight"].any(dim=1)
+    assert rows.tolist() == [row != 1 for row in range(277)]
+
+
+@pytest.mark.case(31)
 def test_the_first_rule_that_matches_wins() -> None:
     values = drawn(stock(), {"up_proj": Zeros(), **RULES})
     assert not values["model.layers.0.mlp.up_proj.weight"].any()
     assert values["model.layers.0.mlp.gate_proj.weight"].any()
 
 
+@pytest.mark.case(33)
 def test_a_parameter_without_a_rule_is_named() -> None:
     rules = {pattern: rule for pattern, rule in RULES.items() if "norm" not in pattern}
     with pytest.raises(ModelError, match=r"no initialisation rule for .*model\.norm\.weight"):
         drawn(stock(), rules)
+
+
+@pytest.mark.case(32)
+def test_a_rule_for_the_bias_alone_leaves_the_weight_to_be_named() -> None:
+    with pytest.raises(ModelError, match=r"no initialisation rule for 0\.weight\n"):
+        drawn(nn.Sequential(nn.Linear(3, 3, device="meta")), {"bias": Zeros()})
 
 
 def test_a_rule_for_nothing_is_named_unless_marked() -> None:
@@ -239,6 +285,7 @@ def test_masks_are_recomputed() -> None:
     assert all(torch.equal(buffer, fresh[name]) for name, buffer in model.named_buffers())
 
 
+@pytest.mark.case(33)
 def test_keep_is_what_torch_draws() -> None:
     values = drawn(odd(), ODD_RULES)
     bound = 70**-0.5  # torch's own for a Linear of 70 inputs
@@ -254,6 +301,40 @@ def test_an_initializer_that_needs_the_whole_gets_it() -> None:
     assert factor > 0
     assert torch.equal(counted, torch.arange(99.0).view(9, 11) * factor)
     assert torch.equal(drawn(odd(), ODD_RULES)["counted"], counted)
+
+
+@pytest.mark.case(30)
+def test_initializers_that_need_the_whole_do_what_they_say() -> None:
+    values = drawn(odd(), ODD_RULES)
+    turning = values["turning"]
+    torch.testing.assert_close(turning @ turning.T, torch.eye(7))
+    assert 0.95 < values["fan"].abs().max() / (6 / 67) ** 0.5 <= 1
+    assert values["table.weight"].any(dim=1).tolist() == [row != 7 for row in range(9)]
+    assert values["table.weight"].std().item() == pytest.approx(6**-0.5, rel=0.4)
+
+
+def test_drawing_leaves_the_process_generator_alone() -> None:
+    before = torch.random.get_rng_state()
+    drawn(odd(), ODD_RULES)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_the_default_dtype_changes_neither_draws_nor_rotary_frequencies(tiny: Package) -> None:
+    rounded = tiny.construct("cpu", dtype=torch.bfloat16)
+    odd_one = drawn(odd(), ODD_RULES)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        models = [tiny.construct("cpu"), tiny.construct("cpu", seed=None), stock().to_empty(device="cpu")]
+        make_whole(models[-1])
+        low = drawn(odd(), ODD_RULES)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for model in models:
+        assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+        assert torch.equal(model.model.rotary_emb.inv_freq, 1.0 / 10000.0 ** (torch.arange(0, 16, 2) / 16))
+    assert all(map(torch.equal, models[0].parameters(), rounded.parameters()))
+    for name, tensor in odd_one.items():
+        assert torch.equal(low[name], tensor.bfloat16()), name
 
 
 def test_a_model_of_another_family() -> None:

@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from forgather.conversion.weights_out import save_weights
 from forgather.errors import ModelError
 from forgather.models.construct import construct, load_classes
 from forgather.models.package import MANIFEST, Package
 from forgather.models.parts.initializers import Keep, Normal, Zeros
-from forgather.models.weights import save_weights
 from tests.models.example import PLAN, SIZES, SOURCE, package
 from tests.ranks import RankPool
 from tests.test_durable import what_is_done
@@ -86,6 +86,17 @@ def test_a_rule_holds_beside_a_parameter_that_keeps_its_own_values(
     head = AutoModelForCausalLM.from_config(config).lm_head
     assert not head.weight.any()
     assert 0 < head.bias.abs().max() <= head.in_features**-0.5
+
+
+@pytest.mark.case(33)
+def test_what_keep_cannot_draw_is_an_error_for_from_config_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = construct(package(folder).write())
+    for kind in (type(model), type(model.model)):
+        monkeypatch.setattr(kind, "init_rules", staticmethod(lambda _: {"norm": Keep(), ".": Normal(std=0.02)}))
+    assert torch.equal(type(model)._from_config(model.config).model.norm.weight, torch.ones(64))
+    monkeypatch.delattr(type(model.model.norm), "reset_parameters")
+    with pytest.raises(ValueError, match=r"Keep needs RMSNorm to have a method reset_parameters"):
+        type(model)._from_config(model.config)
 
 
 def test_the_vocabulary_can_be_resized(tied: Package) -> None:

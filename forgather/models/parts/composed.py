@@ -55,7 +55,9 @@ class ComposedModel(PreTrainedModel):
             raise ValueError(f"no initialisation rule for {', '.join(assignment.without_rule)}")
         chosen = assignment.chosen.values()
         # The module's own values come first: they are all its parameters', also of those that have another rule.
-        if any(initializer.fill is None for initializer in chosen) and hasattr(module, "reset_parameters"):
+        if any(initializer.fill is None for initializer in chosen):
+            if not hasattr(module, "reset_parameters"):
+                raise ValueError(f"Keep needs {type(module).__name__} to have a method reset_parameters()")
             module.reset_parameters()  # type: ignore[operator]
         for parameter, initializer in zip(parameters.values(), chosen, strict=True):
             if initializer.fill is not None:
