@@ -71,6 +71,7 @@ def compose(
     attention: Callable[[PreTrainedConfig, int], nn.Module] = grouped,
     *,
     layer: Callable[[nn.Module], nn.Module] | None = None,
+    lm_head: nn.Module | None = None,
     seed: int = 0,
     **decoder: Any,
 ) -> Model:
@@ -94,7 +95,8 @@ def compose(
         "rotary_emb": RotaryEmbedding(made) if turns else None,
     }
     trunk = Decoder(made, **(parts | decoder))
-    model = Model(made, model=trunk, lm_head=nn.Linear(made.hidden_size, made.vocab_size, bias=False))
+    lm_head = nn.Linear(made.hidden_size, made.vocab_size, bias=False) if lm_head is None else lm_head
+    model = Model(made, model=trunk, lm_head=lm_head)
     rules = {r"norm\d?\.|slopes": Keep(may_match_nothing=True), ".": Normal(std=0.3)}
     initialize(model, rules, seed)
     return model.eval()
