@@ -7,7 +7,7 @@ everywhere with the CPU in its place.
 import json
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -154,6 +154,41 @@ def test_options_of_the_test(flag: str, data: str, run: Callable[[str], SimpleNa
     assert (before.code, after.code) == (0, 0), before.err + after.err
     assert re.findall(r"loss \S+", before.out) == re.findall(r"loss \S+", after.out)
     assert before.out.count("logits [2, 32, 277]") == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "given", "inputs"),
+    [
+        ("", {"lr": 0.01, "fuse": False}, {"input_ids", "labels"}),
+        ("--packed --lr 0.3", {"lr": 0.3, "fuse": False}, {"input_ids", "labels", "position_ids"}),
+        (
+            "--fuse-optim-with-backward --dataset-project dataset",
+            {"lr": 0.01, "fuse": True},
+            {"input_ids", "labels", "attention_mask"},
+        ),
+        (
+            "--packed --dataset-project dataset",
+            {"lr": 0.01, "fuse": False},
+            {"input_ids", "labels", "position_ids"},
+        ),
+    ],
+)
+def test_what_the_flags_of_the_test_mean(
+    words: str,
+    given: dict[str, float | bool],
+    inputs: set[str],
+    run: Callable[[str], SimpleNamespace],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = []
+
+    def train(model: object, batches: Iterable[dict[str, torch.Tensor]], **settings: float | bool) -> list[object]:
+        seen.append((settings, [{name: tensor.shape for name, tensor in batch.items()} for batch in batches]))
+        return []
+
+    monkeypatch.setattr("forgather.trainers.trial.try_training", train)
+    assert run(f"forgather model test --batch-size 3 --sequence-length 20 --steps 4 {words}").code == 0
+    assert seen == [(given, [dict.fromkeys(inputs, torch.Size([3, 20]))] * 4)]
 
 
 @pytest.mark.case(11)
