@@ -69,8 +69,8 @@ def construct_model(options: Options, choice: Choice, *, refuse_stale: bool) -> 
 
     A package that is stale stays as it is and is told, or is an error with `refuse_stale`.
     """
+    from forgather.conversion.weights_out import save_weights
     from forgather.models.construct import construct
-    from forgather.models.weights import save_weights
 
     package: Package = options.project.build("package")
     was_there = package.dir.is_dir()
@@ -110,10 +110,9 @@ def construct_model(options: Options, choice: Choice, *, refuse_stale: bool) -> 
 
 def _warn_of_weights(model: "PreTrainedModel", folder: Path) -> None:
     """Say so when a refresh has left weights in the package that the new definition cannot load."""
-    from forgather.conversion.weight_sources import open_weights
-    from forgather.models.weights import WEIGHTS
+    from forgather.conversion.weight_sources import HUGGING_FACE_FILES, open_weights
 
-    if not any(folder.glob(WEIGHTS)):
+    if not any((folder / name).exists() for name in HUGGING_FACE_FILES):
         return
     kinds = open_weights(folder).kinds
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

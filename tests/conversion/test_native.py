@@ -17,10 +17,10 @@ from forgather.checkpoint.store import CheckpointStore
 from forgather.cli.main import main
 from forgather.conversion import native as module
 from forgather.conversion.export import export
+from forgather.conversion.weights_out import save_weights
 from forgather.errors import EXIT_OK, EXIT_USER, CheckpointError, ModelError
 from forgather.models.construct import construct
 from forgather.models.package import Package
-from forgather.models.weights import save_weights
 from tests.models.example import tokenizer
 
 SIZES = {

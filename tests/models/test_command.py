@@ -214,7 +214,7 @@ def test_a_report_for_programs(package: Path, capsys: pytest.CaptureFixture[str]
     assert main(line.split()) == 0
     said = json.loads(capsys.readouterr().out)
     assert (said["package"], said["stale"]) == (str(package), [])
-    assert said["weights"] == [str(package / "model.safetensors")]
+    assert said["weights"] == [str(package / name) for name in ("model.safetensors", "model.safetensors.index.json")]
     assert said["parameters"]["total"] == sum(block["parameters"] for block in said["parameters"]["blocks"]) == 105408
     assert said["gradient_checkpointing"]
     assert said["config"]["hidden_size"] == 64

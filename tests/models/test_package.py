@@ -113,7 +113,8 @@ def test_weights_are_saved_beside_the_code_and_replaced(folder: Path) -> None:
     built = package(folder)
     saved = built.construct("cpu", seed=3)
     (built.write() / "model-00001-of-00002.safetensors").write_text("older weights")
-    assert [path.name for path in save_weights(saved, folder)] == ["model.safetensors"]
+    files = [path.name for path in save_weights(saved, folder)]
+    assert files == ["model.safetensors", "model.safetensors.index.json"]
     assert not list(folder.glob("model-*"))
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     for name, tensor in saved.state_dict().items():
