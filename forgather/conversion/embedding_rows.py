@@ -6,6 +6,8 @@ import torch
 
 from forgather.conversion.token_additions import MEAN, ZERO
 
+_ROWS_AT_ONCE = 4096
+
 
 def with_rows(
     weight_VD: torch.Tensor, num_rows: int, in_use: Collection[int], inits: Mapping[int, str | int]
@@ -18,9 +20,7 @@ def with_rows(
     """
     grown = weight_VD.new_empty(num_rows, *weight_VD.shape[1:])
     grown[: len(weight_VD)] = weight_VD
-    used = torch.zeros(len(weight_VD), dtype=torch.bool)
-    used[list(in_use)] = True
-    mean = weight_VD[used].mean(dim=0, dtype=torch.float64).to(weight_VD.dtype)
+    mean = _mean(weight_VD, in_use)
     grown[len(weight_VD) :] = mean
     for row, init in inits.items():
         if isinstance(init, int):
@@ -28,3 +28,10 @@ def with_rows(
         else:
             grown[row] = {ZERO: torch.zeros_like(mean), MEAN: mean}[init]
     return grown
+
+
+def _mean(weight_VD: torch.Tensor, rows: Collection[int]) -> torch.Tensor:
+    """Of these rows, summed in float64 a part at a time, which needs no second embedding in memory."""
+    parts = torch.tensor(sorted(rows)).split(_ROWS_AT_ONCE)
+    total = torch.stack([weight_VD[part].sum(dim=0, dtype=torch.float64) for part in parts]).sum(dim=0)
+    return (total / len(rows)).to(weight_VD.dtype)
