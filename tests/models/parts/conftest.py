@@ -2,10 +2,10 @@
 
 import warnings
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
+import torch
 from torch.nn.attention import flex_attention
 from transformers import masking_utils
 from transformers.integrations import flex_attention as integration
@@ -26,5 +26,10 @@ def flex(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(masking_utils, "create_block_mask", uncompiled_mask)
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
-    attend = partial(quietly, flex_attention.flex_attention)
+
+    def attend(*args: Any, **kwargs: Any) -> Any:
+        # Only traced does it give gradients to what scores are computed with; without gradients it need not be.
+        monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", not torch.is_grad_enabled())
+        return quietly(flex_attention.flex_attention, *args, **kwargs)
+
     monkeypatch.setattr(integration, "WrappedFlexAttention", lambda training: lambda: attend)
