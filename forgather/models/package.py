@@ -88,6 +88,9 @@ class Package:
                 if not refresh:
                     raise self.stale(differences)
                 self._move_in()
+        from forgather.models.construct import load_classes
+
+        load_classes(self.dir)  # so that the Auto classes know it from here, and not from where it was tried
         return self.dir
 
     def differences(self) -> list[str]:

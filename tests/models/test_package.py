@@ -122,6 +122,13 @@ def test_weights_are_saved_beside_the_code_and_replaced(folder: Path) -> None:
     assert built.differences() == []
 
 
+def test_the_process_that_has_written_a_package_uses_it_from_there(folder: Path, tmp_path: Path) -> None:
+    package(folder).write()
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=True))
+    model.save_pretrained(tmp_path / "copy")  # takes the code along from where it was imported
+    assert (tmp_path / "copy" / "modeling.py").read_bytes() == (folder / "modeling.py").read_bytes()
+
+
 def test_dtype_and_seed(tiny: Package) -> None:
     model = tiny.construct("cpu", dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
