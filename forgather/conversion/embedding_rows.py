@@ -32,6 +32,6 @@ def with_rows(
 
 def _mean(weight_VD: torch.Tensor, rows: Collection[int]) -> torch.Tensor:
     """Of these rows, summed in float64 a part at a time, which needs no second embedding in memory."""
-    parts = torch.tensor(sorted(rows)).split(_ROWS_AT_ONCE)
+    parts = torch.split(torch.tensor(sorted(rows)), _ROWS_AT_ONCE)
     total = torch.stack([weight_VD[part].sum(dim=0, dtype=torch.float64) for part in parts]).sum(dim=0)
     return (total / len(rows)).to(weight_VD.dtype)
