@@ -132,7 +132,7 @@ def _tokenizer(model: HuggingFaceModel) -> PreTrainedTokenizerBase:
     if not any((model.path / name).is_file() for name in _TOKENIZER_FILES):
         raise ModelError(f"{model.path} has no tokenizer", fix=f"put its files there: {', '.join(_TOKENIZER_FILES)}")
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model.path)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model.path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise ModelError(
             f"the tokenizer in {model.path} cannot be loaded: {error}", fix="fetch its files anew"

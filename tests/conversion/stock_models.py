@@ -41,6 +41,14 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 24}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "original_max_position_embeddings": 64,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [2.0, 3.0, 4.0, 5.0],
+}
 GPT2_SIZES = {**IDS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 96}
 
 CLASSES: dict[str, tuple[type, type]] = {
@@ -56,6 +64,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"rms_norm_eps": 1e-5, "initializer_range": 0.03}),
     "llama-tied-llama3": ("llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3, "eos_token_id": [2, 5]}),
     "llama-head-dim": ("llama", {"head_dim": 12, "num_key_value_heads": 4, "use_cache": False}),
+    "llama-dynamic": ("llama", {"rope_parameters": DYNAMIC}),
+    "qwen3-long": ("qwen3", {"head_dim": 8, "rope_parameters": LONG}),
     "mistral-window": ("mistral", {"sliding_window": 64, "rope_parameters": YARN}),
     "mistral": ("mistral", {"sliding_window": None, "head_dim": 10}),
     "qwen3": ("qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
