@@ -117,8 +117,7 @@ def _completed_qwen3(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _completed_gemma3(settings: dict[str, Any]) -> dict[str, Any]:
     scalar = settings["query_pre_attn_scalar"]
-    # Their class wants a whole number, and our parameter makes none of it.
-    return settings | {"query_pre_attn_scalar": settings["head_dim"] if scalar is None else int(scalar)}
+    return settings | {"query_pre_attn_scalar": settings["head_dim"] if scalar is None else scalar}
 
 
 def _settled_gpt2(sizes: dict[str, Any]) -> dict[str, Any]:

@@ -106,6 +106,13 @@ def _package(model: HuggingFaceModel, tokenizer: PreTrainedTokenizerBase, folder
     """The package that the family's project makes with the sizes of `model`."""
     sizes, kept = model.family.sizes(model.config)
     project = Project(f"lib:models/{model.family.project}", args={"model_name": folder.name, "output_dir": folder})
+    known = project.build("hf_config", given={"tokenizer": tokenizer})
+    if unknown := [f"{key} is {value!r}" for key, value in sizes.items() if key not in known and value]:
+        raise ModelError(
+            f"{model.path / 'config.json'} asks for what the project models/{model.family.project} has no place for: "
+            + "; ".join(unknown),
+            fix="import a model without it, or compose one of the parts that do and load the weights into that",
+        )
     declared = project.parameters.keys() & sizes.keys()
     project = project.replaced(
         args={key: sizes[key] for key in declared},

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from forgather.cli.main import main
 from forgather.conversion import importing
 from forgather.conversion.export import export
+from forgather.conversion.families import FAMILIES
 from forgather.conversion.importing import import_model
 from forgather.errors import EXIT_OK, EXIT_USER, CheckpointError, ForgatherError, ModelError
 from tests.conversion.stock_models import LLAMA3, VARIANTS, save_stock
@@ -162,6 +164,16 @@ def test_what_is_not_supported_is_refused_before_the_weights(tmp_path: Path, wha
     (tmp_path / "source" / WEIGHTS).write_bytes(b"whoever reads this fails")
     with pytest.raises(ModelError, match=reason) as raised:
         import_model(tmp_path / "source", tmp_path / "below" / "package")
+    assert raised.value.fix
+    assert names_in(tmp_path) == ["source"]
+
+
+def test_a_key_that_the_project_has_not_heard_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a newer version of transformers computes with more than this version of the project."""
+    save_stock(tmp_path / "source", "llama")
+    monkeypatch.setitem(FAMILIES, "llama", replace(FAMILIES["llama"], kept=frozenset({"use_cache", "pretraining_tp"})))
+    with pytest.raises(ModelError, match=r"has no place for: initializer_range is 0\.02") as raised:
+        import_model(tmp_path / "source", tmp_path / "package")
     assert raised.value.fix
     assert names_in(tmp_path) == ["source"]
 
