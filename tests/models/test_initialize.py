@@ -109,6 +109,7 @@ def placed(cut: str) -> None:
     mesh = init_device_mesh("cpu", (2, size // 2))
     placements = {
         "rows": (Replicate(), Shard(0)),
+        "rows, in bfloat16 by default": (Replicate(), Shard(0)),
         "columns": (Shard(1), Replicate()),
         "both": (Shard(0), Shard(1)),
         "rows twice": (Shard(0), Shard(0)),
@@ -120,13 +121,15 @@ def placed(cut: str) -> None:
             wanted = [p if not isinstance(p, Shard) or p.dim < parameter.dim() else Replicate() for p in placements]
             empty = distribute_tensor(torch.empty(parameter.shape), mesh, wanted)
             module.register_parameter(name, nn.Parameter(empty))
+    torch.set_default_dtype(torch.bfloat16 if "bfloat16" in cut else torch.float32)
     initialize(model, ODD_RULES, 7)
+    torch.set_default_dtype(torch.float32)
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor)
         assert torch.equal(parameter.full_tensor(), whole[name]), name
 
 
-@pytest.mark.parametrize("cut", ["rows", "columns", "both", "rows twice", "copies"])
+@pytest.mark.parametrize("cut", ["rows", "rows, in bfloat16 by default", "columns", "both", "rows twice", "copies"])
 def test_a_shard_is_bit_equal_to_its_slice_of_the_whole(ranks: RankPool, cut: str) -> None:
     ranks.run(placed, cut)
 

@@ -128,7 +128,9 @@ def test_a_model_without_a_head_is_an_error():
 def hidden_weight_targets(rows: int, width: int, vocabulary: int, dtype: torch.dtype):
     torch.manual_seed(0)
     hidden = torch.randn(rows, width).to(dtype).requires_grad_()
-    weight = (torch.randn(vocabulary, width) * 0.1).to(dtype).requires_grad_()
+    weight = torch.randn(vocabulary, width) * 0.1
+    weight[8192:] *= 5  # the highest logit of many rows stands in a later slice
+    weight = weight.to(dtype).requires_grad_()
     targets = torch.randint(0, vocabulary, (rows,))
     targets[::7] = -100
     return hidden, weight, targets
