@@ -66,7 +66,7 @@ def load_classes(package: Path) -> Classes:
     model = getattr(_import(package, module), name)
     try:
         config = model.config_class.from_pretrained(package)
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # as transformers happens to meet it
         raise ModelError(f"{package / 'config.json'}: {error}", fix="change the parameter that it names") from error
     # `save_pretrained` of such a model takes the code along.
     model.register_for_auto_class("AutoModelForCausalLM")

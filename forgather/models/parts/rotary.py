@@ -60,10 +60,16 @@ class RotaryEmbedding(ComputedBuffers):
     def _frequencies(self, kind: str | None, device: torch.device | None) -> torch.Tensor:
         """[C / 2] float32; yarn and longrope also say what cosines and sines are multiplied with."""
         rope_type = self._rope_type(kind)
-        if rope_type == "default":
-            frequencies, scaling = default_frequencies(self.config, self._variant(kind), device), 1.0
-        else:
-            frequencies, scaling = ROPE_INIT_FUNCTIONS[rope_type](self.config, device, layer_type=kind)
+        try:
+            if rope_type == "default":
+                frequencies, scaling = default_frequencies(self.config, self._variant(kind), device), 1.0
+            else:
+                frequencies, scaling = ROPE_INIT_FUNCTIONS[rope_type](self.config, device, layer_type=kind)
+        except KeyError as error:
+            raise ValueError(f"rope_parameters: rope_type '{rope_type}' needs {error.args[0]}") from error
+        except TypeError as error:
+            given = self._variant(kind)
+            raise ValueError(f"rope_parameters: {given} are not the numbers of '{rope_type}': {error}") from error
         self.attention_scalings[kind] = scaling
         return frequencies.float()
 
