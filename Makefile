@@ -40,6 +40,8 @@ demo: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/loader.py
+	$(BIN)/python benchmarks/construct.py
+	$(BIN)/python benchmarks/model_speed.py
 
 clean:
 	rm -rf $(VENV)

@@ -1,7 +1,6 @@
-"""Packages of our Llama in the shapes that the benchmarks speak of, from the shipped project."""
+"""Packages of our Llama in the shapes of the shipped project, without the tokenizers that these would train."""
 
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -10,55 +9,14 @@ from forgather import Project
 from forgather.config.files import shipped_configs
 from forgather.models.package import Package
 
-# The names of LlamaConfig. 1B and 70B are the shapes of Llama 3.2 1B and Llama 3.1 70B.
-SHAPES: dict[str, dict[str, Any]] = {
-    "4M": {
-        "vocab_size": 4096,
-        "hidden_size": 256,
-        "intermediate_size": 768,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-    },
-    "30M": {
-        "vocab_size": 4096,
-        "hidden_size": 512,
-        "intermediate_size": 1280,
-        "num_hidden_layers": 10,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-    },
-    "117M": {
-        "vocab_size": 8000,
-        "hidden_size": 1024,
-        "intermediate_size": 2816,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-    },
-    "1B": {
-        "vocab_size": 128_256,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "tie_word_embeddings": True,
-    },
-    "70B": {
-        "vocab_size": 128_256,
-        "hidden_size": 8192,
-        "intermediate_size": 28_672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-    },
-}
+# Small configs have as many rows as their tokenizer has ids; the shapes of published models say how many.
+VOCABULARY = {"4M": 2000, "30M": 4000, "117M": 8000}
 
 
 def llama_package(folder: Path, shape: str) -> Package:
-    """The package of that shape in `folder`, written; its tokenizer knows two tokens."""
-    sizes = dict(SHAPES[shape])
-    vocabulary = {"hf_config.vocab_size": sizes.pop("vocab_size")}
-    project = Project(shipped_configs() / "models" / "llama", args={**sizes, "output_dir": folder}, set=vocabulary)
+    """The package of that config in `folder`, written; its tokenizer knows two tokens."""
+    arguments = {"output_dir": folder, **({"vocab_size": VOCABULARY[shape]} if shape in VOCABULARY else {})}
+    project = Project(shipped_configs() / "models" / "llama", shape, arguments)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.BPE()), bos_token="<|bos|>", eos_token="<|eos|>"
     )
