@@ -88,6 +88,8 @@ def init_speed(package: Path, pairs: int) -> list[Bar]:
     from forgather.models.initialize import initialize
     from forgather.models.parts.initializers import Normal, TruncatedNormal
 
+    torch.set_num_threads(1)  # as a rank of a run has
+
     def normal(tensor: torch.Tensor) -> None:
         tensor.normal_(std=0.02)
 
