@@ -136,6 +136,7 @@ def test_a_deepnet_begins_as_the_paper_says(tmp_path: Path) -> None:
         weight = getattr(layer.self_attn, f"{projection}_proj").weight
         assert weight.std().item() == pytest.approx(wanted, rel=0.03), projection
     assert layer.mlp.down_proj.weight.std().item() == pytest.approx(gain * (2 / (128 + 256)) ** 0.5, rel=0.03)
+    assert layer.self_attn.q_proj.weight.abs().max() > 3 * xavier, "normal, not uniform"
     assert layer.self_attn.alibi.slopes.tolist() == pytest.approx([2**-1, 2 ** (-1 - 7 / 3), 0.0, 0.0])
     assert layer.self_attn.alibi.slopes.requires_grad
 
