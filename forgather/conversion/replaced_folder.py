@@ -17,7 +17,8 @@ from forgather.durable import emptied, sync, sync_all
 def replacing(folder: Path, *, without: Callable[[str], bool]) -> Iterator[Path]:
     """Gives an empty folder that becomes `folder` when the block ends; what it lacks of the old one is taken along.
 
-    That is but for the files whose name is `without`. OSError when it cannot be, and `folder` is as it was.
+    That is but for the files whose name is `without`. OSError when it cannot be, and `folder` is as it was. For one
+    writer at a time.
     """
     folder = folder.resolve()
     with emptied(folder.with_name(f".{folder.name}.partial")) as aside:
@@ -27,6 +28,7 @@ def replacing(folder: Path, *, without: Callable[[str], bool]) -> Iterator[Path]
                 _take_along(path, aside / path.name)
         sync_all([*aside.rglob("*"), aside])
         before = _before(folder)
+        shutil.rmtree(before, ignore_errors=True)  # of one who was killed when all but this was done
         folder.rename(before)
         try:
             aside.rename(folder)
@@ -34,14 +36,19 @@ def replacing(folder: Path, *, without: Callable[[str], bool]) -> Iterator[Path]
             before.rename(folder)
             raise
         sync(folder.parent)
-    shutil.rmtree(before)
+    shutil.rmtree(before, ignore_errors=True)
 
 
-def restored(folder: Path) -> None:
-    """Give `folder` back its name where a process was killed between the two renames."""
+def is_between(folder: Path) -> bool:
+    """Whether `folder` has no name: it is being replaced, or the process that did was killed between the renames."""
     folder = folder.resolve()
-    if not folder.exists() and _before(folder).is_dir():
-        _before(folder).rename(folder)
+    return not folder.exists() and _before(folder).is_dir()
+
+
+def restore(folder: Path) -> None:
+    """Give `folder` its name back where it has none. For the only writer: who replaces it now is not disturbed."""
+    if is_between(folder):
+        _before(folder.resolve()).rename(folder.resolve())
 
 
 def _before(folder: Path) -> Path:

@@ -26,7 +26,7 @@ from transformers import (
 from forgather.conversion.embedding_rows import with_rows
 from forgather.conversion.new_folder import locked, only_writer
 from forgather.conversion.package_model import is_package
-from forgather.conversion.replaced_folder import replacing, restored
+from forgather.conversion.replaced_folder import is_between, replacing, restore
 from forgather.conversion.safetensors_file import TensorKind
 from forgather.conversion.shards import MAX_SHARD_BYTES, write_shards
 from forgather.conversion.token_additions import ROLES, Additions, Wish, add
@@ -74,17 +74,23 @@ def extend_vocabulary(
     CheckpointError when weights cannot be read or the folder cannot be written; then everything is as it was.
     """
     source = source.absolute()
-    restored(source)
-    job = _Job(source, wishes, num_rows, multiple_of)
-    if dry_run or (destination is None and not job.result.changes):
-        return job.result
-    if destination is None:
-        with locked(source), replacing(source, without=_replaced) as aside:
-            job.write(aside, max_shard_bytes)
-    else:
+    if is_between(source):
+        with locked(source):
+            restore(source)
+    _require_model(source)
+    if dry_run:
+        return _Job(source, wishes, num_rows, multiple_of).result
+    if destination is not None:
         destination = destination.absolute()
+        job = _Job(source, wishes, num_rows, multiple_of)
         with only_writer(destination), appearing(destination) as aside:
             job.write(aside, max_shard_bytes)
+        return job.result
+    with locked(source):  # already while it is read: what another adds meanwhile would be lost
+        job = _Job(source, wishes, num_rows, multiple_of)
+        if job.result.changes:
+            with replacing(source, without=_replaced) as aside:
+                job.write(aside, max_shard_bytes)
     return job.result
 
 
@@ -92,11 +98,6 @@ class _Job:
     """One extension: all that can be refused is refused here, before anything is written."""
 
     def __init__(self, folder: Path, wishes: Sequence[Wish], num_rows: int | None, multiple_of: int) -> None:
-        if not is_package(folder):
-            raise CheckpointError(
-                f"{folder} holds no config.json with weights beside it",
-                fix="name a Hugging Face folder or a package with weights; of a run, `forgather export` makes one",
-            )
         self.folder = folder
         self.settings = _read_json(folder / "config.json")
         self.source = open_weights(folder)
@@ -213,6 +214,14 @@ class _Job:
             elif key is not None:
                 settings[key] = new
         return settings
+
+
+def _require_model(folder: Path) -> None:
+    if not is_package(folder):
+        raise CheckpointError(
+            f"{folder} holds no config.json with weights beside it",
+            fix="name a Hugging Face folder or a package with weights; of a run, `forgather export` makes one",
+        )
 
 
 def _replaced(name: str) -> bool:

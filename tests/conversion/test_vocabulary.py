@@ -1,6 +1,7 @@
 """More tokens: ids and rows that were there stay, ties hold, and a folder is either as it was or whole and new."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -313,6 +314,46 @@ def test_a_kill_between_the_renames_loses_nothing(
     assert content_of(source) == before
     assert extend_vocabulary(source, None, [PADDING]).num_rows == (277, 278)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_kill_while_the_old_folder_is_removed_stands_in_nobodys_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = hugging_face(tmp_path / "in")
+    rmtree = shutil.rmtree
+
+    def killed(path: Path, **options: Any) -> None:
+        if path.name == ".in.before" and path.exists():
+            raise KeyboardInterrupt
+        rmtree(path, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            extend_vocabulary(source, None, [Wish("<|a|>")])
+    assert (tmp_path / ".in.before").exists()
+    extend_vocabulary(source, None, [Wish("<|b|>")])
+    assert tokens_of(source).convert_tokens_to_ids(["<|a|>", "<|b|>"]) == [277, 278]
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_of_two_at_once_in_one_place_neither_loses_its_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second comes while the first has read and not yet written: it is refused."""
+    source = hugging_face(tmp_path / "in")
+    refused = []
+
+    def late(tokenizer: PreTrainedTokenizerBase, wishes: Any) -> Any:
+        monkeypatch.setattr(vocabulary, "add", add)
+        with pytest.raises(CheckpointError, match="another process is writing"):
+            extend_vocabulary(source, None, [Wish("<|b|>")])
+        refused.append(wishes)
+        return add(tokenizer, wishes)
+
+    monkeypatch.setattr(vocabulary, "add", late)
+    extend_vocabulary(source, None, [Wish("<|a|>")])
+    assert refused
+    extend_vocabulary(source, None, [Wish("<|b|>")])
+    assert tokens_of(source).convert_tokens_to_ids(["<|a|>", "<|b|>"]) == [277, 278]
 
 
 def with_gaps(folder: Path) -> None:
