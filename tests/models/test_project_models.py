@@ -150,3 +150,8 @@ def test_a_gpt2_begins_as_the_paper_says(tmp_path: Path) -> None:
         assert projection.weight.std().item() == pytest.approx(0.02 / 4, rel=0.03)
     assert model.model.embed_positions.weight.std().item() == pytest.approx(0.02, rel=0.03)
     assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+def test_a_model_without_feed_forward_networks_has_no_size_for_them() -> None:
+    assert "intermediate_size" not in Project(MODELS / "single_head", "attention_only").parameters
+    assert "intermediate_size" in Project(MODELS / "single_head").parameters
