@@ -58,7 +58,9 @@ def configure(parser: CommandParser) -> None:
         "without a terminal",
     )
     parser.add_argument(
-        "--attn-implementation", choices=ATTENTION, default="sdpa", help="Attention implementation (default: sdpa)"
+        "--attn-implementation",
+        choices=ATTENTION,
+        help="Attention implementation (default: sdpa, or eager where a part knows no sdpa)",
     )
     parser.add_argument("--json", action="store_true", help="Write output as JSON: one object, or one a step of `test`")
 

@@ -90,8 +90,8 @@ def construct_model(options: Options, choice: Choice, *, refuse_stale: bool) -> 
             attn_implementation=options.attn_implementation,
             seed=None if options.no_init_weights else 0,
         )
-    except (ImportError, OSError, SyntaxError, ValueError) as error:
-        if not differences:
+    except (AttributeError, ImportError, OSError, SyntaxError, TypeError, ValueError) as error:
+        if not differences:  # of a stale package anything may be wrong, and that it is stale says most
             raise
         raise package.stale([*differences, f"it cannot be constructed: {error}"]) from error
     if options.load_from_checkpoint is not None:

@@ -126,8 +126,7 @@ def _line(step: "TrialStep") -> str:
 
 def _completed(options: Options, constructed: Constructed) -> str:
     parameter = next(constructed.model.parameters())
-    where = (
-        f"{parameter.device}, {str(parameter.dtype).removeprefix('torch.')}, {options.attn_implementation} attention"
-    )
+    attention = constructed.model.config._attn_implementation
+    where = f"{parameter.device}, {str(parameter.dtype).removeprefix('torch.')}, {attention} attention"
     what = "shapes of forward and backward fit" if parameter.is_meta else "forward and backward work"
     return f"test completed: {what} ({options.steps} {'step' if options.steps == 1 else 'steps'} on {where})"

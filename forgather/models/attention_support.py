@@ -8,8 +8,8 @@ from forgather.errors import ModelError
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
 
 
-def require_construction(implementation: str) -> None:
-    """Raise ModelError unless a model can be made with this implementation on this machine."""
+def require_construction(implementation: str | None) -> None:
+    """Raise ModelError unless a model can be made with this implementation on this machine; None is the model's own."""
     if implementation != "flash_attention_2":
         return
     if not torch.cuda.is_available():
@@ -24,7 +24,7 @@ def require_construction(implementation: str) -> None:
         )
 
 
-def require_training(implementation: str, device: torch.device, dtype: torch.dtype) -> None:
+def require_training(implementation: str | None, device: torch.device, dtype: torch.dtype) -> None:
     """Raise ModelError unless forward and backward with this implementation work on `device` in `dtype`."""
     require_construction(implementation)
     if implementation == "flex_attention" and device.type == "cpu":

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import sys
+import traceback
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from forgather.errors import ModelError
 from forgather.models.initialize import initialize, make_whole
+from forgather.models.sources import PARTS
 
 
 @dataclass(frozen=True)
@@ -29,22 +32,30 @@ def construct(
     device: str | torch.device = "meta",
     *,
     dtype: torch.dtype | None = None,
-    attn_implementation: str = "sdpa",
+    attn_implementation: str | None = None,
     seed: int | None = 0,
 ) -> PreTrainedModel:
     """The causal language model of the package in folder `package`.
 
     On a device other than meta its weights are drawn from `seed` by the package's rules, as `initialize` draws them;
-    with `seed=None` they are left undefined, for whoever loads others. `dtype` is the parameters' (float32). Raises
-    ModelError where sizes or names do not fit together.
+    with `seed=None` they are left undefined, for whoever loads others. `dtype` is the parameters' (float32). Without an
+    `attn_implementation` it is sdpa, or eager where a part knows no sdpa. Raises ModelError where sizes or names do not
+    fit together.
     """
     classes = load_classes(package)
-    options = {"attn_implementation": attn_implementation} | ({} if dtype is None else {"dtype": dtype})
+    given = {"attn_implementation": attn_implementation, "dtype": dtype}
+    options = {name: value for name, value in given.items() if value is not None}
     try:
         with torch.device("meta"):
             model: PreTrainedModel = classes.model._from_config(classes.config, **options)
     except ValueError as error:  # parts know nothing of Forgather and its errors
         raise ModelError(str(error), fix="change the parameter that the message names") from error
+    except (TypeError, RuntimeError) as error:
+        if not _is_about_values(error, package):
+            raise
+        raise ModelError(
+            f"no model can be made of the values in hf_config: {error}", fix="let sizes be positive integers"
+        ) from error
     model.generation_config = GenerationConfig.from_pretrained(package)
     if torch.device(device).type != "meta":
         model.to_empty(device=torch.device(device))
@@ -53,6 +64,13 @@ def construct(
         else:
             initialize(model, classes.model.init_rules(model.config), seed)
     return model
+
+
+def _is_about_values(error: BaseException, package: Path) -> bool:
+    """Whether torch or a part of ours got what it cannot take; an error in a part of a project's own is its bug."""
+    last = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    is_ours = last.parent == package and find_spec(f"{PARTS}.{last.stem}") is not None
+    return is_ours or last.is_relative_to(Path(torch.__file__).parent)
 
 
 def load_classes(package: Path) -> Classes:
@@ -68,8 +86,7 @@ def load_classes(package: Path) -> Classes:
         config = model.config_class.from_pretrained(package)
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # as transformers happens to meet it
         raise ModelError(f"{package / 'config.json'}: {error}", fix="change the parameter that it names") from error
-    # `save_pretrained` of such a model takes the code along.
-    model.register_for_auto_class("AutoModelForCausalLM")
+    # `save_pretrained` then takes the code along: the config's, which the model calls, as one file has both classes.
     model.config_class.register_for_auto_class()
     return Classes(model, config)
 

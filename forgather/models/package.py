@@ -19,6 +19,7 @@ from filelock import FileLock
 from forgather.durable import appearing, emptied, sync, sync_all
 from forgather.errors import ModelError
 from forgather.models.sources import MODULE, model_files
+from forgather.models.vocabulary import vocab_size
 
 if TYPE_CHECKING:
     import torch
@@ -133,7 +134,7 @@ class Package:
         device: "str | torch.device" = "meta",
         *,
         dtype: "torch.dtype | None" = None,
-        attn_implementation: str = "sdpa",
+        attn_implementation: str | None = None,
         seed: int | None = 0,
     ) -> "PreTrainedModel":
         """A model from the written package, which is written first where it is not; see `construct.construct`."""
@@ -143,6 +144,7 @@ class Package:
 
     @cached_property
     def _files(self) -> dict[str, bytes]:
+        vocab_size(self.tokenizer, self.hf_config.get("vocab_size"))  # a row for every token
         name = re.sub(r"\W", "_", self.name)
         title = "".join(word[:1].upper() + word[1:] for word in name.split("_"))
         title = title if title[:1].isalpha() else f"Model{title}"
@@ -196,6 +198,8 @@ class Package:
         """One writer at a time, and errors of the file system with the path and what to do."""
         try:
             self.dir.parent.mkdir(parents=True, exist_ok=True)
+            # A lock that cannot be made is waited for without end where the file system says that it is not there.
+            tempfile.TemporaryFile(dir=self.dir.parent).close()
             with FileLock(self.dir.parent / f".{self.dir.name}.lock"):
                 yield
         except OSError as error:

@@ -232,6 +232,16 @@ def test_a_fused_optimizer_needs_memory_for_one_gradient(project: Path, capsys: 
         assert json.loads(capsys.readouterr().out)["training_memory_bytes"][0]["gradients"] == gradients
 
 
+def test_a_model_that_knows_no_sdpa_is_eager_unless_told(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = CONFIG.replace("llama", "gemma3").replace("{model_name", "{attn_logit_softcapping: 20.0, model_name")
+    (project / "configs" / "capped.yaml").write_text(text)
+    line = ["-t", "capped", "model", "--device", "cpu"]
+    assert main([*line, "test", "--sequence-length", "8"]) == 0
+    assert "float32, eager attention" in capsys.readouterr().out
+    assert main([*line, "--attn-implementation", "sdpa", "construct"]) == 2
+    assert "soft-cap" in capsys.readouterr().err
+
+
 @pytest.mark.case(4, 6, 8)
 @pytest.mark.parametrize(
     ("line", "message", "fix"),
@@ -255,6 +265,15 @@ def test_a_fused_optimizer_needs_memory_for_one_gradient(project: Path, capsys: 
         ('model construct --rope-parameters {"rope_theta":"x"}', "are not the numbers of 'default'", ""),
         ("model construct --rope-parameters [1]", "config.json: ", ""),
         ("model construct --hidden-size many", "hidden", ""),
+        ("model construct hf_config.hidden_size=abc", "no model can be made of the values in hf_config: ", "integers"),
+        ("model construct hf_config.hidden_size=-8", "negative dimension -8", "integers"),
+        (
+            "model construct hf_config.num_hidden_layers=x",
+            "no model can be made of the values in hf_config",
+            "integers",
+        ),
+        ("model construct hf_config.vocab_size=10", "vocab_size 10 has no row for every token", "277 or more"),
+        ("model construct --output-dir /proc/x", "cannot write the model package /proc/x", "--output-dir"),
         ("model construct --attn-implementation guess", "invalid choice: 'guess'", ""),
         ("model construct --steps 3", "--steps is a flag of `forgather model test`", ""),
         ("-t other model construct", "another kind", "-t"),
