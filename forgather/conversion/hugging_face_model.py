@@ -12,8 +12,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from forgather.conversion.families import FAMILIES, Family
 from forgather.conversion.safetensors_file import TensorKind
-from forgather.conversion.verify import Read
-from forgather.conversion.weight_sources import HUGGING_FACE_FILES, open_weights
+from forgather.conversion.ties import require_equal_ties
+from forgather.conversion.weight_sources import HUGGING_FACE_FILES, Read, open_weights
 from forgather.errors import ModelError
 
 # Buffers that older versions of transformers saved, and newer ones compute.
@@ -44,6 +44,7 @@ class HuggingFaceModel:
         self.model = _on_meta(folder, self.family, self.config)
         self._source = open_weights(_weights(folder))
         self._parameters = set(self.model.state_dict())
+        self._stored = {self._canonical(there): there for there in self._source.kinds}
         self._names = self._canonical_names()
         self.kinds: Mapping[str, TensorKind] = {name: self._source.kinds[there] for name, there in self._names.items()}
 
@@ -58,31 +59,23 @@ class HuggingFaceModel:
 
     def require_ties(self) -> None:
         """Raise ModelError where the files hold both of two tied weights and they differ."""
-        for target, source in self.model.all_tied_weights_keys.items():
-            one, other = self._stored(target), self._stored(source)
-            if one and other and not torch.equal(self._source.read(one), self._source.read(other)):
-                raise ModelError(
-                    f"{self.path}: config.json ties {target} to {source}, and the two weights differ",
-                    fix="set tie_word_embeddings to false in its config.json if both are meant",
-                )
+        require_equal_ties(self.model.all_tied_weights_keys, self._stored, self._source.read, str(self.path))
 
     def _canonical_names(self) -> dict[str, str]:
-        """What each tensor is called in transformers' model, and in the files."""
+        """What each tensor is called in transformers' model, and in the files; a tied one by the name of its source."""
         tied = self.model.all_tied_weights_keys
         names = {}
-        for there in self._source.kinds:
-            name = self._canonical(there)
-            if name not in tied and (name in self._parameters or not _COMPUTED.search(name)):
-                names[name] = there
+        for name, there in self._stored.items():
+            known = tied.get(name, name)
+            is_alias = name in tied and known in self._stored
+            if not is_alias and (known in self._parameters or not _COMPUTED.search(name)):
+                names[known] = there
         return names
 
     def _canonical(self, there: str) -> str:
         """Files may hold the trunk alone, as those of GPT-2 do; a tied head is all that it lacks."""
         prefixed = f"{self.model.base_model_prefix}.{there}"
         return prefixed if prefixed in self._parameters or _COMPUTED.search(prefixed) else there
-
-    def _stored(self, name: str) -> str | None:
-        return next((there for there in self._source.kinds if self._canonical(there) == name), None)
 
 
 def _settings(folder: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from forgather.conversion.families import FAMILIES, Family
 from forgather.conversion.package_model import StoredModel
 from forgather.conversion.recipes import differences, following, kinds_made
 from forgather.conversion.shards import converted, tell_dtype, write_shards
+from forgather.conversion.ties import require_equal_ties
 from forgather.conversion.verify import converting, on_meta, require_equal, require_same_computation, shapes_of
 from forgather.conversion.weight_sources import open_weights
 from forgather.errors import ConfigError, ModelError
@@ -38,14 +39,18 @@ def write_native(model: StoredModel, folder: Path, max_shard_bytes: int, dtype: 
     _require_parts(model, family, ours)
     shapes = shapes_of(stock)
     recipes = {name: family.stock_recipe(name) for name in shapes}
-    if found := differences(recipes, shapes, model.kinds):
+    ties = ours.all_tied_weights_keys
+    # Files of torch.save have a tied weight under each of its names.
+    there = {name: kind for name, kind in model.kinds.items() if ties.get(name) not in model.kinds}
+    if found := differences(recipes, shapes, there):
         raise _inexpressible(model, family, found)
     require_same_computation(classes.model, classes.config, family.model_class, config, family.package_recipe)
+    require_equal_ties(ties, {name: name for name in model.kinds}, model.reader(), str(model.path))
 
     for file in files:
         if file.suffix != ".py" and file.name not in ("config.json", PACKAGE_MANIFEST):
             shutil.copy(file, folder / file.name)
-    kinds = converted(kinds_made(recipes, model.kinds), dtype)
+    kinds = converted(kinds_made(recipes, there), dtype)
     config.architectures = [family.model_class.__name__]
     config.save_pretrained(folder)
     tell_dtype(folder / "config.json", kinds)

@@ -8,8 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from forgather.conversion.safetensors_file import TensorKind
-from forgather.conversion.verify import Read
-from forgather.conversion.weight_sources import HUGGING_FACE_FILES, open_weights
+from forgather.conversion.weight_sources import HUGGING_FACE_FILES, Read, open_weights
 from forgather.errors import CheckpointError, ModelError
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from forgather.conversion.recipes import Recipe
+from forgather.conversion.weight_sources import Read
 from forgather.errors import ModelError
 
 TOLERANCE = 1e-5  # of the largest logit, and of 1 where none is as large
@@ -21,8 +22,6 @@ _WINDOW = 8  # so narrow, a sliding window shows within the tokens of the test
 # What is enough to show whether random weights are computed with in the same way: a round of Gemma's layers, for one.
 _LAYERS = 6
 _VOCABULARY = 512
-
-Read = Callable[[str], torch.Tensor]
 
 
 def on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:

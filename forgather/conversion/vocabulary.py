@@ -29,6 +29,7 @@ from forgather.conversion.package_model import is_package
 from forgather.conversion.replaced_folder import is_between, replacing, restore
 from forgather.conversion.safetensors_file import TensorKind
 from forgather.conversion.shards import MAX_SHARD_BYTES, write_shards
+from forgather.conversion.ties import require_equal_ties
 from forgather.conversion.token_additions import ROLES, Additions, Wish, add
 from forgather.conversion.weight_sources import HUGGING_FACE_WEIGHTS, open_weights
 from forgather.durable import appearing
@@ -171,8 +172,14 @@ class _Job:
     def _require_fit(self) -> None:
         """The files have what the model has now, and what it will have is what is going to be written."""
         larger = _on_meta(self.make, self.config, vocab_size=self.num_rows).state_dict()
+        stored = {
+            name: there
+            for name in larger
+            for there in (self._in_trunk(name), name)  # the longer name last, which is the one that counts
+            if there in self.source.kinds
+        }
         for name, tensor in self.model.state_dict().items():
-            there = next((kind for kind in (name, self._in_trunk(name)) if kind in self.source.kinds), None)
+            there = stored.get(name)
             if there is None and name not in self.model.all_tied_weights_keys:
                 raise ModelError(f"{self.source.path} has no {name}", fix="bring back the config.json of these weights")
             if there is not None and self.source.kinds[there].shape != tuple(tensor.shape):
@@ -183,6 +190,7 @@ class _Job:
                 )
             if there in self.kinds and self.kinds[there].shape != tuple(larger[name].shape):
                 raise ModelError(f"{name} would grow with the vocabulary too", fix="extend a model without it")
+        require_equal_ties(self.model.all_tied_weights_keys, stored, self.source.read, str(self.folder))
 
     def _stream(self, names: Sequence[str]) -> Iterator[torch.Tensor]:
         for name in names:

@@ -12,7 +12,7 @@ import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,6 +35,8 @@ HUGGING_FACE_FILES = (
 )
 # Those names, and what an index may name.
 HUGGING_FACE_WEIGHTS = re.compile(r"(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
+# Gives a weight by its name.
+Read = Callable[[str], torch.Tensor]
 _PICKLES = (".bin", ".pt", ".pth")
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 # What reading a file that was cut off, or was never one of torch's, ends in.

@@ -129,6 +129,18 @@ def test_a_tied_weight_that_is_stored_twice(tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
+def test_a_tied_weight_that_is_stored_under_its_other_name(tmp_path: Path) -> None:
+    stock = save_stock(tmp_path / "source", "llama", tie_word_embeddings=True)
+    change_weights(
+        tmp_path / "source",
+        lambda weights: weights.update({"lm_head.weight": weights.pop("model.embed_tokens.weight")}),
+    )
+    import_model(tmp_path / "source", tmp_path / "package")
+    loaded = load_file(tmp_path / "package" / WEIGHTS)
+    assert torch.equal(loaded["model.embed_tokens.weight"], stock.lm_head.weight)
+    assert "lm_head.weight" not in loaded
+
+
 def test_weights_of_torch_save(tmp_path: Path) -> None:
     stock = save_stock(tmp_path / "source", "llama")
     (tmp_path / "source" / WEIGHTS).unlink()

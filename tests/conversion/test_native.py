@@ -17,6 +17,7 @@ from forgather.checkpoint.store import CheckpointStore
 from forgather.cli.main import main
 from forgather.conversion import native as module
 from forgather.conversion.export import export
+from forgather.conversion.weight_sources import open_weights
 from forgather.conversion.weights_out import save_weights
 from forgather.errors import EXIT_OK, EXIT_USER, CheckpointError, ModelError
 from forgather.models.construct import construct
@@ -213,6 +214,24 @@ def test_a_package_form_of_a_package_is_a_copy_cut_anew(tmp_path: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "copy").state_dict()
     assert all(torch.equal(loaded[name], weight) for name, weight in model.state_dict().items())
     assert construct(tmp_path / "copy").config.hidden_size == 32
+
+
+def test_a_tied_weight_that_is_stored_twice_is_written_once(tmp_path: Path) -> None:
+    package = build(tmp_path / "package", "llama", tie_word_embeddings=True)
+    model = with_weights(package)
+    for path in package.dir.glob("model*"):
+        if path.suffix != ".py":
+            path.unlink()
+    torch.save(model.state_dict(), package.dir / "pytorch_model.bin")
+    export(package.dir, tmp_path / "native", native=True)
+    require_same(tmp_path / "native", model)
+    assert "lm_head.weight" not in open_weights(tmp_path / "native").kinds
+
+    weights = model.state_dict()
+    torch.save(weights | {"lm_head.weight": 2 * weights["lm_head.weight"]}, package.dir / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"ties lm_head.weight to model.embed_tokens.weight"):
+        export(package.dir, tmp_path / "other", native=True)
+    assert not (tmp_path / "other").exists()
 
 
 def test_sources_that_are_no_package(tmp_path: Path) -> None:

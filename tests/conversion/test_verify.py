@@ -7,7 +7,8 @@ import torch
 
 from forgather.conversion.gpt2_names import of_package, of_stock
 from forgather.conversion.recipes import Recipe
-from forgather.conversion.verify import Read, logits_of, on_meta, require_equal, require_same_computation, shapes_of
+from forgather.conversion.verify import logits_of, on_meta, require_equal, require_same_computation, shapes_of
+from forgather.conversion.weight_sources import Read
 from forgather.errors import ModelError
 from tests.conversion.stock_models import CLASSES, LLAMA3, stock_model
 

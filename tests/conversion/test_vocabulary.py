@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import (
     AutoModelForCausalLM,
@@ -365,6 +366,11 @@ def of_other_sizes(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(settings_of(folder) | {"vocab_size": 300}))
 
 
+def with_two_heads(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {HEAD: 2 * weights[EMBEDDING]}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def with_foreign_code(folder: Path) -> None:
     (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")
     added = {"auto_map": {"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"}}
@@ -374,6 +380,7 @@ def with_foreign_code(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "error", "said"),
     [
+        (with_two_heads, ModelError, "ties lm_head.weight to model.embed_tokens.weight, and the two weights differ"),
         (with_gaps, DataError, "would get the id 3, which is that of 'c': the ids have gaps"),
         (of_other_sizes, ModelError, r"is \[277, 16\] in .*, and config.json makes it \[300, 16\]"),
         (with_foreign_code, ModelError, "brings code of its own, which is not run"),
