@@ -35,8 +35,8 @@ def configure(parser: CommandParser) -> None:
     parser.add_argument(
         "--init",
         metavar="INIT",
-        help="first row of the tokens of these flags: mean, zero, copy:TOKEN or copy:ID (default: mean, and zero for "
-        "padding); a token that takes a role over begins like the one before it",
+        help="first row of the tokens of these flags: mean, zero, copy:TOKEN or copy:ID (default: like the token that "
+        "had the role before, else zero for padding and mean for others)",
     )
     parser.add_argument("--size", type=int, metavar="ROWS", help="rows of the embedding; never fewer than there are")
     parser.add_argument("--pad-to-multiple-of", type=int, default=1, metavar="N", help="round the rows up (default: 1)")

@@ -24,8 +24,8 @@ class Wish:
     """A token that the tokenizer shall have: in a role (`eos_token`), as a special token, or as a regular one.
 
     `init` is how its row in the embedding begins: `zero`, `mean` (of all rows in use), or `copy:` with the id of
-    another token, or its text where that is no number. Without it: `zero` for padding, `mean` for others. With
-    `if_missing` a role that is taken stays as it is.
+    another token, or its text where that is no number. Without it: like the row of the token that had the role before,
+    `zero` for the first padding, `mean` for others. With `if_missing` a role that is taken stays as it is.
     """
 
     token: str
@@ -76,15 +76,16 @@ def read_wishes(path: Path) -> list[Wish]:
 def add(tokenizer: "PreTrainedTokenizerBase", wishes: Sequence[Wish]) -> Additions:
     """Give `tokenizer` what it lacks of `wishes`.
 
-    A role that another token had before goes to the new one, whose row begins like that token's. DataError when a token
-    would get an id that is taken, as in a tokenizer whose ids have gaps, or when a token to copy is not there.
+    A role that another token had before goes to the new one, whose row begins like that token's unless its wish says
+    otherwise. DataError when a token would get an id that is taken, as in a tokenizer whose ids have gaps, or when a
+    token to copy is not there.
     """
     before: dict[str, int] = tokenizer.get_vocab()
     roles: dict[str, tuple[int | None, int]] = {}
-    wanted: dict[str, str] = {}
+    wanted: dict[str, str | int] = {}
     for wish in wishes:
         known = wish.token in tokenizer.get_vocab()
-        init = wish.init or (ZERO if wish.role == "pad_token" else MEAN)
+        init: str | int | None = wish.init
         if wish.role is not None:
             old = getattr(tokenizer, wish.role)
             if old == wish.token or (old is not None and wish.if_missing):
@@ -92,13 +93,13 @@ def add(tokenizer: "PreTrainedTokenizerBase", wishes: Sequence[Wish]) -> Additio
             tokenizer.add_special_tokens({wish.role: wish.token})
             old_id = None if old is None else tokenizer.convert_tokens_to_ids(old)
             roles[wish.role] = (old_id, tokenizer.convert_tokens_to_ids(wish.token))
-            init = init if old is None else COPY + old
+            init = init or tokenizer.get_vocab().get(old)  # by its id: the text of a token may be a number
         elif wish.special and wish.token not in tokenizer.all_special_tokens:
             tokenizer.add_special_tokens({"extra_special_tokens": [wish.token]}, replace_extra_special_tokens=False)
         elif not wish.special and not known:
             tokenizer.add_tokens([wish.token])
         if not known:
-            wanted.setdefault(wish.token, init)
+            wanted.setdefault(wish.token, (ZERO if wish.role == "pad_token" else MEAN) if init is None else init)
     after = tokenizer.get_vocab()
     _require_same_ids(before, after)
     there = dict(before)
@@ -139,8 +140,8 @@ def _require_same_ids(before: Mapping[str, int], after: Mapping[str, int]) -> No
             )
 
 
-def _resolved(init: str, token: str, ids: Mapping[str, int]) -> str | int:
-    if not init.startswith(COPY):
+def _resolved(init: str | int, token: str, ids: Mapping[str, int]) -> str | int:
+    if isinstance(init, int) or not init.startswith(COPY):
         return init
     other = init.removeprefix(COPY)
     number = int(other) if other.isdecimal() else ids.get(other)

@@ -419,6 +419,16 @@ def test_a_file_of_tokens_that_is_wrong_says_where(tmp_path: Path, text: str, sa
         read_wishes(tmp_path / "tokens.yaml")
 
 
+def test_a_token_in_a_role_begins_like_the_one_before_it_unless_told_otherwise() -> None:
+    numbered = tokenizer()
+    numbered.eos_token = "7"
+    seven = numbered.get_vocab()["7"]
+    assert seven != 7
+    assert add(numbered, [Wish("<|end|>", role="eos_token")]).inits == {277: seven}
+    assert add(tokenizer(), [Wish("<|end|>", role="eos_token", init="zero")]).inits == {277: "zero"}
+    assert add(tokenizer(), [Wish("<|end|>", role="eos_token", init="copy:0")]).inits == {277: 0}
+
+
 def test_a_token_to_begin_like_must_be_there() -> None:
     with pytest.raises(DataError, match=r"'<\|a\|>' shall begin like 'nobody', which is no token before it"):
         add(tokenizer(), [Wish("<|a|>", init="copy:nobody")])
