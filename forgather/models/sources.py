@@ -26,17 +26,17 @@ in {initialization}.py; the other files are the parts that the architecture is m
 
 from typing import Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .{architecture} import {build_model} as build_model
 from .causal_lm import CausalLM
+from .composed_config import ComposedConfig
 from .decoder import Decoder
 from .{initialization} import {build_rules} as init_rules
 
 
-class {title}Config(PreTrainedConfig):
+class {title}Config(ComposedConfig):
     model_type = "{model_type}"
-    keys_to_ignore_at_inference = ["past_key_values"]
 {plan}{fields}
 
 class {title}Model(Decoder):
@@ -86,7 +86,7 @@ def model_files(
         fields="".join(f"    {name}: {_annotation(value)} = None\n" for name, value in sizes.items()),
     )
     files = {MODULE: generated, ARCHITECTURE: source, INITIALIZATION: init_source, **own}
-    parts = {"causal_lm", "decoder"}.union(*map(_parts_of, files.values()))
+    parts = {"causal_lm", "composed_config", "decoder"}.union(*map(_parts_of, files.values()))
     while missing := sorted(parts - files.keys()):
         for part in missing:
             files[part] = _part(part)

@@ -129,6 +129,23 @@ def test_the_process_that_has_written_a_package_uses_it_from_there(folder: Path,
     assert (tmp_path / "copy" / "modeling.py").read_bytes() == (folder / "modeling.py").read_bytes()
 
 
+def test_save_pretrained_takes_the_code_along_and_leaves_it_where_it_is(folder: Path, tmp_path: Path) -> None:
+    built = package(folder)
+    model = built.construct("cpu").eval()
+    sources = {path.name: path.read_bytes() for path in folder.glob("*.py")}
+    for _ in range(2):
+        model.save_pretrained(folder)
+    model.config.save_pretrained(f"{folder}/")
+    model.save_pretrained(tmp_path / "copy")
+    for place in (folder, tmp_path / "copy"):
+        assert {path.name: path.read_bytes() for path in place.glob("*.py")} == sources
+        config = json.loads((place / "config.json").read_text())
+        assert config["auto_map"]["AutoModelForCausalLM"] == "modeling.TinyLlamaForCausalLM"
+        loaded = AutoModelForCausalLM.from_pretrained(place, trust_remote_code=True)
+        assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+    assert built.differences() == []
+
+
 def test_dtype_and_seed(tiny: Package) -> None:
     model = tiny.construct("cpu", dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
