@@ -123,14 +123,17 @@ def _package(model: HuggingFaceModel, tokenizer: PreTrainedTokenizerBase, folder
 
 
 def _require_fit(model: HuggingFaceModel, recipes: dict[str, Recipe], wanted: dict[str, tuple[int, ...]]) -> None:
-    if found := differences(recipes, wanted, model.kinds):
+    found = differences(recipes, wanted, model.kinds)
+    found += [f"{name} is {kind.dtype}" for name, kind in model.kinds.items() if not kind.dtype.is_floating_point]
+    if found:
         shown = "".join(f"\n  {line}" for line in found[:20]) + (
             f"\n  and {len(found) - 20} more" if found[20:] else ""
         )
         raise ModelError(
             f"the weights in {model.path} are not those of the {model.family.model_type} that its config.json tells "
             f"of:{shown}",
-            fix="fetch the folder anew; of a model with another head, import the causal language model",
+            fix="fetch the folder anew; of a model with another head, import the causal language model, and of a "
+            "quantized one what it was made of",
         )
 
 

@@ -180,12 +180,12 @@ def _weight_map(index: Path) -> dict[str, str]:
     try:
         places: Any = json.loads(index.read_bytes())["weight_map"]
         files = sorted({str(file) for file in places.values()})
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index} is no index of weights ({error})", fix="fetch it anew") from error
     foreign = [file for file in files if Path(file).name != file or file.endswith(".index.json")]
     if foreign:
         raise CheckpointError(f"{index} names what is no file beside it: {_shortened(foreign)}", fix="fetch it anew")
-    if absent := [file for file in files if not (index.parent / file).exists()]:
+    if absent := [file for file in files if not (index.parent / file).is_file()]:
         raise CheckpointError(f"{index} names files that are not there: {_shortened(absent)}", fix="fetch them too")
     return dict(places)
 
@@ -202,7 +202,7 @@ def _tensors_of_pickle(path: Path) -> dict[str, torch.Tensor]:
             fix="name a file of weights; of a model from elsewhere, the .safetensors",
         ) from error
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+        raise CheckpointError(f"cannot read {path}: {error.strerror}", fix="name a file that can be read") from error
     except _UNREADABLE as error:
         raise CheckpointError(f"{path} is no file of torch.save, or is damaged", fix="fetch it anew") from error
     named = content if isinstance(content, Mapping) else {None: content}
@@ -215,7 +215,10 @@ def _tensors_of_pickle(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _is_weight(name: object, value: object) -> bool:
-    return isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
+    """Whether it is numbers that can be copied: some tensors have a name and no values, or values of other kinds."""
+    if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+        return False
+    return value.layout == torch.strided and value.device.type == "cpu" and not (value.is_nested or value.is_quantized)
 
 
 def _shortened(names: Iterable[str], most: int = 10) -> str:

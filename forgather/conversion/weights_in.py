@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from forgather.conversion.safetensors_file import TensorKind
 from forgather.conversion.weight_sources import WeightSource
@@ -43,10 +44,15 @@ def load_weights(
     holds, such as rotary frequencies, is computed. Any other model stays where it is. What the checkpoint lacks keeps
     its value, and is an error with `strict` or where there is no value; what it holds beyond the model is only
     reported. CheckpointError, before anything is written, when shapes differ (all names, both shapes), when not one
-    name is common, or when weights that the model ties differ.
+    name is common, when weights that the model ties differ, or when the model is sharded over ranks.
     """
     source = open_weights(path)
     state = _state(model)
+    if any(isinstance(tensor, DTensor) for tensor in state.values()):
+        raise CheckpointError(
+            "the model is sharded over ranks, and weights are loaded whole",
+            fix="load them before fully_shard, or resume a run from its checkpoint",
+        )
     on_meta = any(tensor.is_meta for tensor in state.values())
     groups = _groups(state)
     chosen, report = _match(groups, source)

@@ -194,6 +194,10 @@ def without_norm(folder: Path) -> None:
     change_weights(folder, lambda weights: weights.pop("model.norm.weight"))
 
 
+def with_integers(folder: Path) -> None:
+    change_weights(folder, lambda weights: weights.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)}))
+
+
 def with_score(folder: Path) -> None:
     change_weights(folder, lambda weights: weights.update(score=torch.zeros(2)))
 
@@ -227,6 +231,7 @@ def as_package(folder: Path) -> None:
     ("change", "reason"),
     [
         (without_norm, "model.norm.weight is missing"),
+        (with_integers, r"model.norm.weight is torch.int8"),
         (with_score, "score is there, and the model has none"),
         (with_other_rows, r"model.embed_tokens.weight gives \[288, 32\], the model has \[290, 32\]"),
         (without_tokenizer, "has no tokenizer"),

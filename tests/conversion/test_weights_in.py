@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from forgather.conversion import weight_sources
@@ -174,6 +175,18 @@ def test_weights_that_the_model_ties_must_be_equal(tmp_path: Path) -> None:
         load_weights(tied, tmp_path)
 
 
+def test_a_model_that_is_sharded_is_refused(tmp_path: Path) -> None:
+    torch.save({"weight": torch.ones(2, 2), "bias": torch.ones(2)}, tmp_path / "w.bin")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = torch.nn.Linear(2, 2)
+        fully_shard(model)
+        with pytest.raises(CheckpointError, match="sharded over ranks"):
+            load_weights(model, tmp_path / "w.bin")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_either_name_of_a_tied_weight_is_enough(tmp_path: Path) -> None:
     source, model = llama(seed=1, tie_word_embeddings=True), llama(seed=2, tie_word_embeddings=True)
     torch.save({name: weight for name, weight in values(source).items() if name != EMBEDDING}, tmp_path / "w.bin")
@@ -268,11 +281,19 @@ def truncated(path: Path) -> None:
         ("w.bin", truncated, "is no file of torch.save, or is damaged"),
         ("w.bin", lambda path: torch.save({"step": 3}, path), "holds other things than named tensors: step"),
         ("w.pt", lambda path: torch.save(torch.ones(1), path), "holds other things than named tensors: None"),
+        ("w.pt", lambda path: torch.save({"a": torch.ones(1, device="meta")}, path), "other things .*: a"),
+        (
+            "w.pt",
+            "other things .*: a",
+        ),
+        ("w.pt", lambda path: torch.save({"a": torch.ones(2).to_sparse()}, path), "other things .*: a"),
         ("w.safetensors", lambda path: path.write_bytes(b"12345678"), "cannot be read as safetensors"),
         ("w.npz", lambda path: path.write_bytes(b""), "has the name of no weights"),
         ("a.index.json", lambda path: path.write_text("[]"), "is no index of weights"),
         ("a.index.json", lambda path: path.write_text('{"weight_map": {"a": "../x.bin"}}'), "no file beside it"),
         ("a.index.json", lambda path: path.write_text('{"weight_map": {"a": "x.bin"}}'), "not there: x.bin"),
+        ("a.index.json", lambda path: path.write_text('{"weight_map": {"a": ".."}}'), r"not there: \.\."),
+        ("a.index.json", lambda path: path.write_text("[" * 100_000), "is no index of weights"),
         ("folder", Path.mkdir, "is neither a checkpoint nor a run"),
         ("nothing", lambda path: None, "is not there"),
     ],
