@@ -38,13 +38,14 @@ def construct(
     """The causal language model of the package in folder `package`.
 
     On a device other than meta its weights are drawn from `seed` by the package's rules, as `initialize` draws them;
-    with `seed=None` they are left undefined, for whoever loads others. `dtype` is the parameters' (float32). Without an
-    `attn_implementation` it is sdpa, or eager where a part knows no sdpa. Raises ModelError where sizes or names do not
-    fit together.
+    with `seed=None` they are left undefined, for whoever loads others. `dtype` is the parameters'; without one it is
+    torch's default, whatever weights were saved in the folder. Without an `attn_implementation` it is sdpa, or eager
+    where a part knows no sdpa. Raises ModelError where sizes or names do not fit together.
     """
     classes = load_classes(package)
-    given = {"attn_implementation": attn_implementation, "dtype": dtype}
-    options = {name: value for name, value in given.items() if value is not None}
+    options: dict[str, Any] = {"dtype": torch.get_default_dtype() if dtype is None else dtype}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
     try:
         with torch.device("meta"):
             model: PreTrainedModel = classes.model._from_config(classes.config, **options)

@@ -154,6 +154,13 @@ def test_dtype_and_seed(tiny: Package) -> None:
     assert not torch.equal(one, other)
 
 
+def test_weights_that_were_saved_in_another_dtype_do_not_decide(folder: Path) -> None:
+    built = package(folder)
+    save_weights(built.construct("cpu", dtype=torch.bfloat16), folder)
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    assert built.construct("cpu").dtype == torch.float32
+
+
 def test_weights_can_be_left_to_whoever_loads_them(tied: Package) -> None:
     model = tied.construct("cpu", seed=None)
     whole = tied.construct("cpu")
