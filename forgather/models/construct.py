@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from forgather.errors import ModelError
 from forgather.models.initialize import initialize, make_whole
-from forgather.models.sources import PARTS
+from forgather.models.sources import GENERATED, PARTS
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,11 @@ def construct(
 
 
 def _is_about_values(error: BaseException, package: Path) -> bool:
-    """Whether torch or a part of ours got what it cannot take; an error in a part of a project's own is its bug."""
-    last = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    is_ours = last.parent == package and find_spec(f"{PARTS}.{last.stem}") is not None
-    return is_ours or last.is_relative_to(Path(torch.__file__).parent)
+    """Whether torch or a part of ours was given what it cannot take; an error of a project's own part is its bug."""
+    files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+    called = [file for file in files if file.parent == package.absolute()]  # the last of them called whoever refused
+    is_ours = bool(called) and (called[-1].stem in GENERATED or find_spec(f"{PARTS}.{called[-1].stem}") is not None)
+    return is_ours and (files[-1] == called[-1] or files[-1].is_relative_to(Path(torch.__file__).parent))
 
 
 def load_classes(package: Path) -> Classes:

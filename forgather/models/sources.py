@@ -13,6 +13,7 @@ PARTS = "forgather.models.parts"
 MODULE = "modeling"  # config and model classes, the file that config.json's auto_map names
 ARCHITECTURE = "architecture"
 INITIALIZATION = "initialization"
+GENERATED = (MODULE, ARCHITECTURE, INITIALIZATION)
 
 # How an emitted source gets at a Python file that the configuration names by its path.
 OWN_FILE = re.compile(r"^(\w+) = _load_file\('\w+', '(.*)'\)\.(\w+)$", re.MULTILINE)
@@ -119,7 +120,7 @@ def _own_files(source: str) -> tuple[str, dict[str, str]]:
     source = OWN_FILE.sub(lambda load: f"from .{Path(load[2]).stem} import {load[3]} as {load[1]}", source)
     paths = {Path(file) for _, file, _ in loads}
     files = {path.stem: path.read_text(encoding="utf-8") for path in paths}
-    taken = [stem for stem in files if stem in (MODULE, ARCHITECTURE, INITIALIZATION) or find_spec(f"{PARTS}.{stem}")]
+    taken = [stem for stem in files if stem in GENERATED or find_spec(f"{PARTS}.{stem}")]
     if taken or len(files) < len(paths):
         raise ModelError(
             f"the files of a model package would have the same name: {', '.join(taken or sorted(map(str, paths)))}",
@@ -134,7 +135,7 @@ def _parts_of(source: str) -> set[str]:
 
 def _part(name: str) -> str:
     spec = find_spec(f"{PARTS}.{name}")
-    if name in (MODULE, ARCHITECTURE, INITIALIZATION) or spec is None or spec.origin is None:
+    if name in GENERATED or spec is None or spec.origin is None:
         raise ModelError(f"there is no part {PARTS}.{name}", fix=f"see `ls {Path(__file__).parent / 'parts'}`")
     return Path(spec.origin).read_text(encoding="utf-8")
 

@@ -196,3 +196,22 @@ init_rules: !append
     assert "from .norm import RMSNorm" in sources["doubling.py"]
     assert "mlp.py" not in sources
     assert str(tmp_path) not in "".join(sources.values())
+
+
+@pytest.mark.parametrize("mistake", ["nn.Linear(hidden_size, 'wide')", "1 + '1'"])
+def test_a_mistake_in_a_part_of_its_own_is_shown_as_that(tmp_path: Path, mistake: str) -> None:
+    text = """
+_layer:
+  result:
+    mlp: !factory:../broken.py:BrokenMLP
+      hidden_size: ${hf_config.hidden_size}
+"""
+    (tmp_path / "broken.py").write_text(
+        "from torch import nn\n\n\n"
+        "class BrokenMLP(nn.Module):\n"
+        "    def __init__(self, hidden_size):\n"
+        "        super().__init__()\n"
+        f"        self.up = {mistake}\n"
+    )
+    with pytest.raises(TypeError):
+        build(child(tmp_path, text)).construct()
