@@ -7,9 +7,10 @@ leaves a folder that is partly old and partly new.
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from forgather.checkpoint.lock import RunLock
 from forgather.durable import emptied, sync, sync_all
 
 
@@ -17,11 +18,11 @@ from forgather.durable import emptied, sync, sync_all
 def replacing(folder: Path, *, without: Callable[[str], bool]) -> Iterator[Path]:
     """Gives an empty folder that becomes `folder` when the block ends; what it lacks of the old one is taken along.
 
-    That is but for the files whose name is `without`. OSError when it cannot be, and `folder` is as it was. For one
-    writer at a time.
+    That is but for the files whose name is `without`. OSError when it cannot be, and CheckpointError when a run in it
+    is live; then `folder` is as it was. For one writer at a time.
     """
     folder = folder.resolve()
-    with emptied(folder.with_name(f".{folder.name}.partial")) as aside:
+    with _holding_runs(folder), emptied(folder.with_name(f".{folder.name}.partial")) as aside:
         yield aside
         for path in folder.iterdir():
             if not (aside / path.name).exists() and not without(path.name):
@@ -49,6 +50,16 @@ def restore(folder: Path) -> None:
     """Give `folder` its name back where it has none. For the only writer: who replaces it now is not disturbed."""
     if is_between(folder):
         _before(folder.resolve()).rename(folder.resolve())
+
+
+@contextmanager
+def _holding_runs(folder: Path) -> Iterator[None]:
+    """Below a package stand its runs; what a live one saved after its folder was taken along would be lost."""
+    with ExitStack() as held:
+        for path in sorted(folder.rglob(".lock")):
+            if (path.parent / "checkpoints").is_dir():
+                held.callback(RunLock(path).release)
+        yield
 
 
 def _before(folder: Path) -> Path:

@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from forgather.checkpoint.run_folder import RunFolder
 from forgather.cli.main import main
 from forgather.conversion import vocabulary
 from forgather.conversion.token_additions import PADDING, Wish, add, read_wishes
@@ -355,6 +356,20 @@ def test_of_two_at_once_in_one_place_neither_loses_its_tokens(tmp_path: Path, mo
     assert refused
     extend_vocabulary(source, None, [Wish("<|b|>")])
     assert tokens_of(source).convert_tokens_to_ids(["<|a|>", "<|b|>"]) == [277, 278]
+
+
+def test_a_folder_with_a_live_run_in_it_is_not_replaced(tmp_path: Path) -> None:
+    """What the run saves while its folder is taken along would be lost."""
+    source = ours(tmp_path / "model")
+    with RunFolder(source / "runs" / "one") as run:
+        before = content_of(source)
+        with pytest.raises(CheckpointError, match=r"runs/one is used by a live run: process \d+"):
+            extend_vocabulary(source, None, [Wish("<|a|>")])
+        assert content_of(source) == before
+        assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")] == ["model"]
+    assert extend_vocabulary(source, None, [Wish("<|a|>")]).num_rows == (277, 278)
+    assert run.checkpoints.is_dir()
+    RunFolder(run.dir).close()
 
 
 def with_gaps(folder: Path) -> None:
