@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from forgather.models.package import Package
 from tests.models.example import package
+from tests.models.test_project_models import PROJECTS, construct
 
 # Runs where nothing but torch, transformers and what these require is installed. transformers.Trainer is used as its
 # documentation says; accelerate is what transformers[torch] adds for it.
@@ -25,7 +26,7 @@ import torch
 from importlib.util import find_spec
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-model_path, saved = sys.argv[1:]
+model_path, saved, *projects = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=True)
 config = AutoConfig.from_pretrained(model_path, trust_remote_code=True)
 torch.manual_seed(0)
@@ -39,6 +40,13 @@ model.save_pretrained(saved)
 again = AutoModelForCausalLM.from_pretrained(model_path, trust_remote_code=True)
 copied = AutoModelForCausalLM.from_pretrained(saved, trust_remote_code=True)
 trunk = AutoModel.from_pretrained(saved, trust_remote_code=True)
+found["equal"] = [torch.equal(other(inputs).logits, logits) for other in (again, copied)]
+
+found["projects"] = []
+for path in projects:
+    model_of_project = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+    tokens = torch.arange(3, 23).unsqueeze(0)
+    found["projects"].append(torch.equal(model_of_project(tokens).logits, torch.load(path + "/logits.pt")))
 
 tokenizer.padding_side = "left"
 padded = tokenizer(["that this", "the hat that was there"], return_tensors="pt", padding=True)
@@ -73,7 +81,6 @@ trained = AutoModelForCausalLM.from_pretrained(saved + "-trained", trust_remote_
 again.eval()
 
 found |= {
-    "equal": [torch.equal(other(inputs).logits, logits) for other in (copied,)],
     "trunk": torch.equal(trunk(inputs).last_hidden_state, model.model(inputs).last_hidden_state),
     "trained": torch.equal(trained(inputs).logits, again(inputs).logits),
     "tied": [other.lm_head.weight is other.model.embed_tokens.weight for other in (again, copied, trained)],
@@ -182,13 +189,23 @@ def run_python(words: list[Any], folder: Path, **environment: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def project_elsewhere(name: str, folder: Path) -> Path:
+    """The model of a shipped project, saved away from its package, with what it computes."""
+    model = construct(name, folder).eval()
+    model.save_pretrained(folder / "saved")
+    torch.save(model(torch.arange(3, 23).unsqueeze(0)).logits.detach(), folder / "saved" / "logits.pt")
+    return folder / "saved"
+
+
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory: pytest.TempPathFactory, bare_site: Path) -> dict[str, Any]:
     root = tmp_path_factory.mktemp("elsewhere")
     package(root / "built" / "tied_llama", tie_word_embeddings=True).write()
     shutil.move(root / "built" / "tied_llama", root / "moved")
+    projects = [project_elsewhere(name, root / name.replace("/", "-")) for name in PROJECTS]
     # -S: without the packages of this installation.
-    found = run_python(["-S", "-c", ELSEWHERE, root / "moved", root / "saved"], root, PYTHONPATH=str(bare_site))
+    words = ["-S", "-c", ELSEWHERE, root / "moved", root / "saved", *projects]
+    found = run_python(words, root, PYTHONPATH=str(bare_site))
     return {**found, "root": root}
 
 
@@ -198,6 +215,11 @@ def test_a_package_loads_where_only_torch_and_transformers_are(elsewhere: dict[s
     assert elsewhere["class"] == "TiedLlamaForCausalLM"
     assert elsewhere["chat_template"] == "{{ messages }}"
     assert elsewhere["trunk"]
+
+
+@pytest.mark.case(14)
+def test_the_model_of_every_project_loads_there(elsewhere: dict[str, Any]) -> None:
+    assert elsewhere["projects"] == [True] * len(PROJECTS)
 
 
 @pytest.mark.case(14, 45)
@@ -211,7 +233,7 @@ def test_greedy_generation_is_one_whatever_the_cache_and_the_padding(elsewhere: 
 
 @pytest.mark.case(36, 37)
 def test_what_was_saved_comes_back(elsewhere: dict[str, Any]) -> None:
-    assert elsewhere["equal"] == [True]
+    assert elsewhere["equal"] == [True, True]
     assert elsewhere["tied"] == [True, True, True]
     with safe_open(elsewhere["root"] / "saved" / "model.safetensors", "pt") as weights:
         assert "model.embed_tokens.weight" in weights.keys()  # noqa: SIM118  it is not a mapping
