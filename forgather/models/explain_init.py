@@ -27,12 +27,11 @@ class Explained:
 def explain_init(model: nn.Module, rules: Mapping[str, Initializer]) -> list[Explained]:
     """Each parameter once, in the order of the model; a tied one by the name that it has first."""
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    chosen = assign(rules, shapes).chosen
+    assignment = assign(rules, shapes)
     explained = []
     for name, shape in shapes.items():
-        pattern = next((pattern for pattern in rules if re.search(pattern, name)), None)
-        initializer = _written(chosen[name]) if name in chosen else None
-        explained.append(Explained(name, shape, pattern, initializer))
+        initializer = _written(assignment.chosen[name]) if name in assignment.chosen else None
+        explained.append(Explained(name, shape, assignment.pattern.get(name), initializer))
     return explained
 
 
