@@ -49,6 +49,12 @@ def initialize(model: nn.Module, rules: InitRules, seed: int) -> None:
             fix="correct the pattern, or give its initializer may_match_nothing: true",
         )
     for name, initializer in assignment.chosen.items():
+        if initializer.fill is None and not hasattr(owners[name][0], "reset_parameters"):
+            raise ModelError(
+                f"the initializer Keep needs {type(owners[name][0]).__name__} to have a method reset_parameters()",
+                fix="choose another initializer for its parameters",
+            )
+    for name, initializer in assignment.chosen.items():
         module, attribute = owners[name]
         if initializer.fill is None:
             _draw_by_module(module, attribute, f"{seed}\0{name}")
@@ -149,11 +155,6 @@ def _draw_range(out: torch.Tensor, start: int, numel: int, fill: Fill, key: str)
 
 def _draw_by_module(module: nn.Module, attribute: str, key: str) -> None:
     """Fill this rank's part with what the module's own `reset_parameters` gives to the whole."""
-    if not hasattr(module, "reset_parameters"):
-        raise ModelError(
-            f"the initializer Keep needs {type(module).__name__} to have a method reset_parameters()",
-            fix="choose another initializer for its parameters",
-        )
     whole = copy.copy(module)
     whole._parameters = {
         name: None if parameter is None else nn.Parameter(torch.empty(parameter.shape, dtype=torch.float32))

@@ -298,6 +298,15 @@ def test_keep_is_what_torch_draws() -> None:
         drawn(odd(), {".": Keep()})
 
 
+@pytest.mark.case(33)
+def test_nothing_is_drawn_where_keep_cannot() -> None:
+    first = nn.Linear(3, 3)
+    before = first.weight.clone()
+    with pytest.raises(ModelError, match="Keep needs Odd"):
+        initialize(nn.Sequential(first, odd().to_empty(device="cpu")), {"^0": Zeros(), ".": Keep()}, 0)
+    assert torch.equal(first.weight, before)
+
+
 def test_an_initializer_that_needs_the_whole_gets_it() -> None:
     counted = drawn(odd(), ODD_RULES)["counted"]
     factor = counted[0, 1]
