@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from forgather.cli.options import Options
 from forgather.cli.parser import CommandParser, UsageError
-from forgather.cli.weight_flags import num_bytes
+from forgather.cli.weight_flags import add_shard_flag, num_bytes
 from forgather.errors import EXIT_OK
 
 if TYPE_CHECKING:
@@ -45,9 +45,7 @@ def configure(parser: CommandParser) -> None:
         action="store_true",
         help="do not add [PAD] to a tokenizer without padding, which is done when nothing else is asked for",
     )
-    parser.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file, such as 500MB (default: 5GB)"
-    )
+    add_shard_flag(parser)
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and write nothing")
 
 

@@ -22,10 +22,15 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 
 def add_weight_flags(parser: CommandParser) -> None:
     """`--max-shard-size` and `--dtype`."""
+    add_shard_flag(parser)
+    parser.add_argument("--dtype", choices=_DTYPES, help="convert the weights (default: as they are)")
+
+
+def add_shard_flag(parser: CommandParser) -> None:
+    """`--max-shard-size`, alone."""
     parser.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file, such as 500MB (default: 5GB)"
     )
-    parser.add_argument("--dtype", choices=_DTYPES, help="convert the weights (default: as they are)")
 
 
 def chosen_dtype(options: Options) -> "torch.dtype | None":

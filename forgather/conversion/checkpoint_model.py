@@ -44,7 +44,7 @@ def candidates(source: Path) -> list[Path]:
         )
         every = "train until it saves one, which is every `save_every` steps and at the end"
         raise CheckpointError(
-            f"the run {source} has no checkpoint to export: {why}", fix="continue its training" if aside else every
+            f"the run {source} has no checkpoint: {why}", fix="continue its training" if aside else every
         )
     if (source / "config.json").is_file():
         raise CheckpointError(

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from forgather.config.project import Project
 from forgather.conversion.hugging_face_model import HuggingFaceModel
+from forgather.conversion.listing import listed
 from forgather.conversion.new_folder import only_writer, refuse_what_is_there
 from forgather.conversion.recipes import Recipe, differences, following, kinds_made
 from forgather.conversion.shards import MAX_SHARD_BYTES, converted, tell_dtype, write_shards
@@ -126,12 +127,9 @@ def _require_fit(model: HuggingFaceModel, recipes: dict[str, Recipe], wanted: di
     found = differences(recipes, wanted, model.kinds)
     found += [f"{name} is {kind.dtype}" for name, kind in model.kinds.items() if not kind.dtype.is_floating_point]
     if found:
-        shown = "".join(f"\n  {line}" for line in found[:20]) + (
-            f"\n  and {len(found) - 20} more" if found[20:] else ""
-        )
         raise ModelError(
             f"the weights in {model.path} are not those of the {model.family.model_type} that its config.json tells "
-            f"of:{shown}",
+            f"of:{listed(found)}",
             fix="fetch the folder anew; of a model with another head, import the causal language model, and of a "
             "quantized one what it was made of",
         )

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from forgather.config.project import Project
 from forgather.conversion.families import FAMILIES, Family
+from forgather.conversion.listing import listed
 from forgather.conversion.package_model import StoredModel
 from forgather.conversion.recipes import differences, following, kinds_made
 from forgather.conversion.shards import converted, tell_dtype, write_shards
@@ -121,11 +122,8 @@ def _traits(model: nn.Module) -> dict[str, object]:
     return traits
 
 
-def _inexpressible(model: StoredModel, family: Family, reasons: list[str], most: int = 10) -> ModelError:
-    more = f"\n  and {len(reasons) - most} more" if len(reasons) > most else ""
+def _inexpressible(model: StoredModel, family: Family, reasons: list[str]) -> ModelError:
     return ModelError(
-        f"{family.model_class.__name__} of transformers cannot be the model in {model.package}:"
-        + "".join(f"\n  {line}" for line in reasons[:most])
-        + more,
+        f"{family.model_class.__name__} of transformers cannot be the model in {model.package}:{listed(reasons)}",
         fix="export it as a package (--as package)",
     )

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from forgather.conversion.listing import listed
 from forgather.conversion.safetensors_file import TensorKind
 from forgather.conversion.weight_sources import WeightSource
 from forgather.conversion.weight_sources import open_weights as open_weights
@@ -29,9 +30,9 @@ class LoadReport:
         """What the user should know; None where model and checkpoint have the same names."""
         lines = []
         if self.missing:
-            lines.append(f"not in {self.path}, and left as they were:{_listed(self.missing)}")
+            lines.append(f"not in {self.path}, and left as they were:{listed(self.missing)}")
         if self.unexpected:
-            lines.append(f"in {self.path}, and not in the model:{_listed(self.unexpected)}")
+            lines.append(f"in {self.path}, and not in the model:{listed(self.unexpected)}")
         return "\n".join(lines) or None
 
 
@@ -59,7 +60,7 @@ def load_weights(
     _require_fit({name: state[name] for name in chosen}, source)
     if report.missing and (strict or on_meta):
         raise CheckpointError(
-            f"{source.path} has no value for{_listed(report.missing)}",
+            f"{source.path} has no value for{listed(report.missing)}",
             fix="load a checkpoint of this model"
             + ("" if strict else ", or construct the model on a device, where what is missing gets a first value"),
         )
@@ -106,8 +107,8 @@ def _match(groups: Iterable[list[str]], source: WeightSource) -> tuple[list[str]
     )
     if not chosen:
         raise CheckpointError(
-            f"{source.path} and the model have no name in common; it holds{_listed(report.unexpected)}\n"
-            f"  the model has{_listed(missing)}",
+            f"{source.path} and the model have no name in common; it holds{listed(report.unexpected)}\n"
+            f"  the model has{listed(missing)}",
             fix="load a checkpoint of this architecture; another's is brought in by `forgather import`",
         )
     return chosen, report
@@ -134,7 +135,7 @@ def _require_fit(targets: Mapping[str, torch.Tensor], source: WeightSource) -> N
             differing.append(f"{name} {kind.dtype}, {own.dtype}")
     if differing:
         raise CheckpointError(
-            f"{source.path} is of another model; in the checkpoint, and in the model:{_listed(differing)}",
+            f"{source.path} is of another model; in the checkpoint, and in the model:{listed(differing)}",
             fix="construct the model with the sizes of the checkpoint",
         )
 
@@ -151,9 +152,3 @@ def _materialise(model: nn.Module, groups: Iterable[list[str]], device: torch.de
 def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
     module, _, attribute = name.rpartition(".")
     setattr(model.get_submodule(module), attribute, tensor)
-
-
-def _listed(names: Iterable[str], most: int = 20) -> str:
-    names = list(names)
-    more = [f"\n  and {len(names) - most} more"] if len(names) > most else []
-    return "".join([*(f"\n  {name}" for name in names[:most]), *more])
