@@ -1,6 +1,5 @@
 """A Hugging Face folder of a family that we know: its config, and its weights by the names of transformers' model."""
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from forgather.conversion.families import FAMILIES, Family
+from forgather.conversion.json_mapping import read_mapping
 from forgather.conversion.safetensors_file import TensorKind
 from forgather.conversion.ties import require_equal_ties
 from forgather.conversion.weight_sources import HUGGING_FACE_FILES, Read, open_weights
@@ -83,13 +83,7 @@ def _settings(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         said = "has no config.json, so it is no Hugging Face model" if folder.is_dir() else "is no folder"
         raise ModelError(f"{folder} {said}", fix="name a folder that holds a Hugging Face model")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {error}", fix="fetch it anew") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} holds no mapping", fix="fetch it anew")
-    return content
+    return read_mapping(path)
 
 
 def _family(folder: Path, settings: Mapping[str, Any]) -> Family:

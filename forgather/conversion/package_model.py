@@ -1,15 +1,15 @@
 """The model in a folder that holds a package and its weights, as `forgather import` and `save_pretrained` leave it."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
+from forgather.conversion.json_mapping import read_mapping
 from forgather.conversion.safetensors_file import TensorKind
 from forgather.conversion.weight_sources import HUGGING_FACE_FILES, Read, open_weights
-from forgather.errors import CheckpointError, ModelError
+from forgather.errors import ModelError
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
 
@@ -40,7 +40,7 @@ class PackageModel:
 
     def __init__(self, folder: Path) -> None:
         self.path = self.package = folder
-        if "AutoModelForCausalLM" not in _settings(folder).get("auto_map", {}):
+        if "AutoModelForCausalLM" not in read_mapping(folder / "config.json").get("auto_map", {}):
             raise ModelError(
                 f"{folder} is no model package: its config.json names no code of its own",
                 fix="`forgather import` makes a package of a Hugging Face folder",
@@ -68,11 +68,3 @@ def is_package(folder: Path) -> bool:
 
 def _belongs(name: str) -> bool:
     return not name.startswith(".") and not name.endswith(_WEIGHTS)
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} cannot be read: {error}", fix="bring back the file") from error
-    return content if isinstance(content, dict) else {}

@@ -5,7 +5,6 @@ file one by one; of what grows, one tensor is in memory.
 """
 
 import copy
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from transformers import (
 )
 
 from forgather.conversion.embedding_rows import with_rows
+from forgather.conversion.json_mapping import read_mapping, write_mapping
 from forgather.conversion.new_folder import locked, only_writer
 from forgather.conversion.package_model import is_package
 from forgather.conversion.replaced_folder import is_between, replacing, restore
@@ -100,7 +100,7 @@ class _Job:
 
     def __init__(self, folder: Path, wishes: Sequence[Wish], num_rows: int | None, multiple_of: int) -> None:
         self.folder = folder
-        self.settings = _read_json(folder / "config.json")
+        self.settings = read_mapping(folder / "config.json")
         self.source = open_weights(folder)
         self.make, self.config = _maker(folder, self.settings)
         self.model = _on_meta(self.make, self.config)
@@ -120,10 +120,10 @@ class _Job:
                 shutil.copy(path, folder / path.name)
         self.tokenizer.save_pretrained(folder)
         if (folder / "special_tokens_map.json").exists():
-            _write_json(folder / "special_tokens_map.json", self.tokenizer.special_tokens_map)
-        _write_json(folder / "config.json", self._new_settings())
+            write_mapping(folder / "special_tokens_map.json", self.tokenizer.special_tokens_map)
+        write_mapping(folder / "config.json", self._new_settings())
         if generation := self._new_generation():
-            _write_json(folder / "generation_config.json", generation)
+            write_mapping(folder / "generation_config.json", generation)
         write_shards(folder, self.kinds, max_shard_bytes, self._stream)
         written = _tokenizer(folder)
         if written.get_vocab() != self.tokenizer.get_vocab() or any(
@@ -211,7 +211,7 @@ class _Job:
     def _new_generation(self) -> dict[str, Any]:
         """Generation ends at the old end of a text as well as at the new one."""
         path = self.folder / "generation_config.json"
-        settings = _read_json(path) if path.exists() else {}
+        settings = read_mapping(path) if path.exists() else {}
         for role, (old, new) in self.additions.roles.items():
             key = _IDS.get(role)
             if key == "eos_token_id":
@@ -272,17 +272,3 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise DataError(f"{folder} has no tokenizer that transformers can read: {error}", fix="put it there") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}", fix="bring back the file") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no mapping", fix="bring back the file")
-    return content
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

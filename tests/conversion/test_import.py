@@ -221,6 +221,10 @@ def with_damaged_config(folder: Path) -> None:
     (folder / "config.json").write_text("{")
 
 
+def with_deep_config(folder: Path) -> None:
+    (folder / "config.json").write_text("[" * 100_000)
+
+
 def as_package(folder: Path) -> None:
     shutil.copytree(folder, folder.with_name("plain"))
     shutil.rmtree(folder)
@@ -237,6 +241,7 @@ def as_package(folder: Path) -> None:
         (without_tokenizer, "has no tokenizer"),
         (with_large_tokenizer, r"ids up to 296, and the model only 288 rows"),
         (with_damaged_config, "config.json cannot be read"),
+        (with_deep_config, "config.json cannot be read"),
         (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
         (lambda folder: (folder / WEIGHTS).unlink(), "has no weights"),
         (as_package, "is a model package already"),
