@@ -40,8 +40,10 @@ def locked(folder: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)  # still held: who has just opened it finds that it has no name, and retries
             lock.release()
     except OSError as error:
+        where = f" ({error.filename})" if error.filename is not None else ""  # which may be a file that was read
         raise CheckpointError(
-            f"could not write {folder}: {error.strerror}", fix="name a folder that can be written and has space"
+            f"could not write {folder}: {error.strerror or error}{where}",
+            fix="name a folder that can be written and has space",
         ) from error
 
 

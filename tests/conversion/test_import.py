@@ -285,6 +285,15 @@ def test_a_tokenizer_that_changes_as_it_is_saved(tmp_path: Path, monkeypatch: py
     assert names_in(tmp_path) == ["source"]
 
 
+def test_a_file_that_cannot_be_read_meanwhile_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_stock(tmp_path / "source", "llama")
+    gone = tmp_path / "source" / "gone.json"
+    monkeypatch.setattr(importing, "write_shards", lambda *_: gone.read_bytes())
+    with pytest.raises(CheckpointError, match=r"could not write .*package: No such file or directory \(.*gone.json\)"):
+        import_model(tmp_path / "source", tmp_path / "package")
+    assert names_in(tmp_path) == ["source"]
+
+
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     save_stock(tmp_path / "source", "llama")
     (tmp_path / "package").mkdir()
