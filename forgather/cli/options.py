@@ -74,7 +74,7 @@ def read_options(name: str, tokens: Sequence[str], *, argv: Sequence[str]) -> Op
             trouble = error
         else:
             line = _split(tokens, command, declared, words=True)
-    verb = _take_verb(command, line, required=not wants_help)
+    verb = _take_verb(command, line, declared, required=not wants_help)
     if wants_help:
         print(_final_parser(command, verb, declared, module, trouble).format_help(), end="")
         return None
@@ -111,11 +111,14 @@ def _declared(line: Line, module: ModuleType) -> Declared:
     return Declared(project)
 
 
-def _take_verb(command: CommandParser, line: Line, *, required: bool) -> str | None:
+def _take_verb(command: CommandParser, line: Line, declared: Declared | None, *, required: bool) -> str | None:
     if not command.verbs:
         return None
     if line.positionals:
         verb = line.positionals.pop(0)
+        if verb not in command.verbs and line.unknown:  # whose value is in the place of the verb
+            known = _known(command, None, declared)
+            raise unknown("flag", line.unknown[0], sorted(known), of=f"`{command.prog}`")
         if verb not in command.verbs:
             raise unknown("verb", verb, command.verbs, of=f"`{command.prog}`")
         return verb
@@ -129,8 +132,7 @@ def _refuse_unknown(
 ) -> None:
     if line.rest is not None and not hasattr(module, "REST"):
         raise UsageError(f"`{command.prog}` takes no words after `--`", fix="leave out `--` and what follows it")
-    parsers = [command, *([command.verbs[verb]] if verb else []), *([declared.parser] if declared else [])]
-    known = {text for parser in parsers for text in parser.flags()} | set(_COMMON)
+    known = _known(command, verb, declared)
     prog = f"{command.prog} {verb}" if verb else command.prog
     for flag, _ in line.flags:
         if flag not in known:
@@ -138,6 +140,12 @@ def _refuse_unknown(
             raise UsageError(f"{flag} is a flag of `{command.prog} {other}`, not of `{prog}`", fix="leave it out")
     if line.unknown:
         raise unknown("flag", line.unknown[0], sorted(known), of=f"`{prog}`")
+
+
+def _known(command: CommandParser, verb: str | None, declared: Declared | None) -> set[str]:
+    """The flags that may stand in a line of the command, or of its verb."""
+    parsers = [command, *([command.verbs[verb]] if verb else []), *([declared.parser] if declared else [])]
+    return {text for parser in parsers for text in parser.flags()} | set(_COMMON)
 
 
 def _final_parser(

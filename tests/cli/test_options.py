@@ -5,6 +5,7 @@ import re
 import pytest
 
 from forgather.cli.options import read_options
+from forgather.config.files import shipped_configs
 
 
 @pytest.fixture
@@ -170,6 +171,14 @@ def test_a_wrong_verb_is_a_user_error(arguments, said, forgather):
     done = forgather(*arguments)
     assert done.code == 2
     assert said in done.err
+
+
+def test_a_wrong_flag_before_the_verb_is_named_and_not_its_value(forgather):
+    llama = shipped_configs() / "models" / "llama"
+    done = forgather("model", "-p", str(llama), "--hiden-size", "128", "construct")
+    assert done.code == 2
+    assert "unknown flag '--hiden-size'" in done.err
+    assert "did you mean --hidden-size?" in done.err
 
 
 def test_verb_help_shows_its_own_flags_and_the_shared_ones(forgather):
