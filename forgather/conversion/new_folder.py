@@ -1,7 +1,7 @@
 """A folder that a conversion makes: it is not there before, one process makes it, and it appears when it is whole."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -23,7 +23,11 @@ def only_writer(destination: Path) -> Iterator[None]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """One writer at a time to one folder; CheckpointError when there is another, or the operating system refuses."""
+    """One writer at a time to one folder; CheckpointError when there is another, or the operating system refuses.
+
+    Folders above it are made, and do not stay where it does not come into being.
+    """
+    above = [each for each in folder.parents if not each.exists()]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         path = folder.with_name(f".{folder.name}.lock")
@@ -39,6 +43,9 @@ def locked(folder: Path) -> Iterator[None]:
         finally:
             path.unlink(missing_ok=True)  # still held: who has just opened it finds that it has no name, and retries
             lock.release()
+            for each in above:
+                with suppress(OSError):  # it holds what was written
+                    each.rmdir()
     except OSError as error:
         where = f" ({error.filename})" if error.filename is not None else ""  # which may be a file that was read
         raise CheckpointError(

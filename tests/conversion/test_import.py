@@ -252,7 +252,7 @@ def test_a_source_that_is_not_what_it_says(tmp_path: Path, change: Callable[[Pat
     change(tmp_path / "source")
     there = names_in(tmp_path)
     with pytest.raises(ForgatherError, match=reason) as raised:
-        import_model(tmp_path / "source", tmp_path / "package")
+        import_model(tmp_path / "source", tmp_path / "below" / "it" / "package")
     assert raised.value.fix
     assert names_in(tmp_path) == there
 
