@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from forgather.config.files import shipped_configs
 from forgather.config.nested import projects
-from forgather.config.nodes import Call, KeyPath, Node, Symbol, walk
+from forgather.config.nodes import Call, KeyPath, Node, Source, Symbol, walk
 from forgather.config.problems import Collector, Problem
 from forgather.config.signatures import bind
 from forgather.config.specs import import_spec
@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
 
 def check_nodes(roots: Iterable[Node], problems: Collector) -> None:
-    """Imports the SPECs that are reached from the roots and binds their arguments."""
+    """Imports the SPECs that are reached from the roots, also by way of `!code`, and binds their arguments."""
     for node in walk(list(roots)):
+        if isinstance(node, Source):
+            check_nodes(node.roots, problems)
         if not isinstance(node, Call | Symbol):
             continue
         with problems.collecting():

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from forgather.config.context import Supplied
 from forgather.config.emit import emit
@@ -151,8 +151,16 @@ def projects(path: KeyPath, value: Value) -> Iterator[tuple[KeyPath, Value]]:
             yield from projects((*path, index), item)
 
 
-def code_text(outer: "Namespace", key: NodeKey, value: Value) -> tuple[str, frozenset[Used]]:
-    """The Python that a `!code` stands for, and the parameters frozen in it. Raises Problems."""
+class Generated(NamedTuple):
+    """Python, the parameters that are frozen in it, and the nodes that it builds."""
+
+    text: str
+    used: frozenset[Used]
+    roots: tuple[Node, ...]
+
+
+def code_of(outer: "Namespace", key: NodeKey, value: Value) -> Generated:
+    """The Python that a `!code` stands for. Raises Problems."""
     if not isinstance(value, MappingValue):
         raise problem(value.place, "!code takes a mapping", fix="write !code {target: NAME, inputs: [...]}")
     problems = Collector()
@@ -176,7 +184,7 @@ def code_text(outer: "Namespace", key: NodeKey, value: Value) -> tuple[str, froz
 
 def generate(
     namespace: "Namespace", targets: list[str], inputs: list[str], freeze: list[str] | None, place: Place
-) -> tuple[str, frozenset[Used]]:
+) -> Generated:
     """Python that builds targets from inputs; `freeze` None freezes every parameter. Raises Problems."""
     inputs = list(dict.fromkeys(inputs))  # each is a parameter of the code, which takes none twice
     other = namespace.giving(inputs, place)
@@ -200,7 +208,7 @@ def generate(
             problems.add(each.place, message, fix=fix)
     problems.raise_any()
     namespace.read_parameters |= other.read_parameters
-    return emit(roots, inputs), used
+    return Generated(emit(roots, inputs), used, tuple(roots))
 
 
 def _identity(node: Node) -> str:

@@ -84,6 +84,24 @@ class Constant(Node):
         self.value = value
 
 
+class Source(Constant):
+    """The Python of other targets. `roots` are what it builds: where it will run, nobody can say what is wrong."""
+
+    __slots__ = ("roots",)
+
+    def __init__(
+        self,
+        key: NodeKey,
+        place: Place,
+        scope: Scope | None,
+        text: str,
+        used: frozenset[Used],
+        roots: tuple[Node, ...],
+    ) -> None:
+        super().__init__(key, place, scope, text, used)
+        self.roots = roots
+
+
 class Given(Node):
     """A target that is handed in instead of built."""
 

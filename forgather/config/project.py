@@ -207,7 +207,7 @@ class Project:
         names = [target] if isinstance(target, str) else list(target)
         inputs = list(inputs)
         frozen = (None if not inputs else []) if freeze is None else list(freeze)
-        return generate(self._namespace, names, inputs, frozen, Place(f"code of {', '.join(names)}"))[0]
+        return generate(self._namespace, names, inputs, frozen, Place(f"code of {', '.join(names)}")).text
 
 
 def _flag(name: str) -> Place:

@@ -12,7 +12,7 @@ from forgather.config.files import ProjectFolder, find_reference
 from forgather.config.fold import fold
 from forgather.config.inherit import Config
 from forgather.config.names import did_you_mean, why_no_name
-from forgather.config.nested import code_text, open_project
+from forgather.config.nested import code_of, open_project
 from forgather.config.nodes import (
     Call,
     Constant,
@@ -26,6 +26,7 @@ from forgather.config.nodes import (
     Part,
     Reference,
     Scope,
+    Source,
     Symbol,
     Used,
 )
@@ -294,8 +295,8 @@ class Namespace:
             self._instances[path] = open_project(self, path, value, scope)
         return self._instances[path]
 
-    def _code(self, key: NodeKey, value: Value, scope: Scope | None) -> Constant:
-        return Constant(key, value.place, scope, *code_text(self, key, value))
+    def _code(self, key: NodeKey, value: Value, scope: Scope | None) -> Source:
+        return Source(key, value.place, scope, *code_of(self, key, value))
 
     def giving(self, names: Iterable[str], place: Place) -> "Namespace":
         """The same config with other targets given."""

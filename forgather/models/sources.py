@@ -1,6 +1,7 @@
 """The Python files of a model package: what the configuration composed, and the parts it is made of."""
 
 import ast
+import keyword
 import re
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -119,6 +120,12 @@ def _own_files(source: str) -> tuple[str, dict[str, str]]:
     source = "\n".join([*lines[: loader.lineno - 1], *lines[loader.end_lineno :], ""])
     source = OWN_FILE.sub(lambda load: f"from .{Path(load[2]).stem} import {load[3]} as {load[1]}", source)
     paths = {Path(file) for _, file, _ in loads}
+    for path in paths:
+        if not path.stem.isidentifier() or keyword.iskeyword(path.stem):
+            raise ModelError(
+                f"{path} cannot be part of a model package: {path.stem!r} is no name of a Python module",
+                fix="rename the file, with letters, digits and underscores",
+            )
     files = {path.stem: path.read_text(encoding="utf-8") for path in paths}
     taken = [stem for stem in files if stem in GENERATED or find_spec(f"{PARTS}.{stem}")]
     if taken or len(files) < len(paths):

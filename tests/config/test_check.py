@@ -157,3 +157,12 @@ def test_projects_to_choose_from_are_checked(load: Load, refused: Refused):
     assert project.build("main") == 2
     assert project.check() == []
     assert "has no parameter 'm'" in refused(text.replace("n: 2", "m: 2"), files)
+
+
+def test_code_is_checked_where_it_is_asked_for(load: Load):
+    """Where the code runs, nobody knows the file and line of an argument that does not fit."""
+    text = "main: !code {target: x, inputs: given}\ngiven: 1\n"
+    text += "x: !singleton:tests.config.test_check:plain {a: !ref given, b: 2, e: 2}\n"
+    with pytest.raises(ConfigError, match=r"configs/main\.yaml:3:\d+: unknown argument 'e' of"):
+        load(text).build("main")
+    assert "plain(" in load(text.replace(", e: 2", "")).build("main")

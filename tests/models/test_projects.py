@@ -168,6 +168,13 @@ init_rules: !prepend
     assert model.model.layers[1].mlp.up_proj.weight.any()
 
 
+def test_a_part_in_a_file_that_python_cannot_import_by_name(tmp_path: Path) -> None:
+    (tmp_path / "my-mlp.py").write_text("from torch.nn import Identity\n")
+    text = "_layer:\n  result:\n    mlp: !factory:../my-mlp.py:Identity {}\n"
+    with pytest.raises(ModelError, match=r"my-mlp\.py cannot be part .* no name of a Python module"):
+        build(child(tmp_path, text)).construct()
+
+
 def test_a_child_brings_a_part_of_its_own(tmp_path: Path) -> None:
     text = """
 _layer:
