@@ -107,6 +107,9 @@ def add(tokenizer: "PreTrainedTokenizerBase", wishes: Sequence[Wish]) -> Additio
     for token, init in wanted.items():
         inits[after[token]] = _resolved(init, token, there)
         there[token] = after[token]
+    for wish in wishes:
+        if wish.token not in wanted and wish.init is not None:  # a mistake also where it would change no row
+            _resolved(wish.init, wish.token, after)
     return Additions({token: after[token] for token in wanted}, inits, roles)
 
 

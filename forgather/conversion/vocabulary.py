@@ -29,6 +29,7 @@ from forgather.conversion.package_model import is_package
 from forgather.conversion.replaced_folder import is_between, replacing, restore
 from forgather.conversion.safetensors_file import TensorKind
 from forgather.conversion.shards import MAX_SHARD_BYTES, write_shards
+from forgather.conversion.stored_names import model_names
 from forgather.conversion.ties import require_equal_ties
 from forgather.conversion.token_additions import ROLES, Additions, Wish, add
 from forgather.conversion.weight_sources import HUGGING_FACE_WEIGHTS, open_weights
@@ -104,6 +105,7 @@ class _Job:
         self.source = open_weights(folder)
         self.make, self.config = _maker(folder, self.settings)
         self.model = _on_meta(self.make, self.config)
+        self.names = model_names(self.model, self.source.kinds)
         self.tokenizer = _tokenizer(folder)
         self.in_use = [row for row in self.tokenizer.get_vocab().values() if row < self.old_rows]
         old_tokens = len(self.tokenizer.get_vocab())
@@ -138,7 +140,7 @@ class _Job:
         ids = {id(parameter) for module in modules if module is not None for parameter in module.parameters()}
         named = self.model.named_parameters(remove_duplicate=False)
         names = {name for name, parameter in named if id(parameter) in ids}
-        return {there for name in names for there in (name, self._in_trunk(name)) if there in self.source.kinds}
+        return {there for there, known in self.names.items() if known.name in names}
 
     @cached_property
     def kinds(self) -> dict[str, TensorKind]:
@@ -147,13 +149,9 @@ class _Job:
         for name, kind in self.source.kinds.items():
             if name in self.grown:
                 kind = TensorKind((self.num_rows, *kind.shape[1:]), kind.dtype)
-            if name not in self.model.all_tied_weights_keys:
+            if self.names[name].name not in self.model.all_tied_weights_keys:
                 kinds[name] = kind
         return kinds
-
-    def _in_trunk(self, name: str) -> str:
-        """Files may hold the trunk alone, as those of GPT-2 do."""
-        return name.removeprefix(f"{self.model.base_model_prefix}.")
 
     @property
     def old_rows(self) -> int:
@@ -172,17 +170,20 @@ class _Job:
     def _require_fit(self) -> None:
         """The files have what the model has now, and what it will have is what is going to be written."""
         larger = _on_meta(self.make, self.config, vocab_size=self.num_rows).state_dict()
-        stored = {
-            name: there
-            for name in larger
-            for there in (self._in_trunk(name), name)  # the longer name last, which is the one that counts
-            if there in self.source.kinds
-        }
+        stored = {known.name: there for there, known in self.names.items()}
+        stored |= {there: there for there, known in self.names.items() if known.name == there}  # which counts
         for name, tensor in self.model.state_dict().items():
             there = stored.get(name)
-            if there is None and name not in self.model.all_tied_weights_keys:
-                raise ModelError(f"{self.source.path} has no {name}", fix="bring back the config.json of these weights")
-            if there is not None and self.source.kinds[there].shape != tuple(tensor.shape):
+            if there is None:
+                if name not in self.model.all_tied_weights_keys:
+                    raise ModelError(
+                        f"{self.source.path} has no {name}", fix="bring back the config.json of these weights"
+                    )
+                continue
+            if not self.names[there].whole:
+                self._require_untouched(name, there, tensor.shape == larger[name].shape)
+                continue
+            if self.source.kinds[there].shape != tuple(tensor.shape):
                 raise ModelError(
                     f"{there} is {list(self.source.kinds[there].shape)} in {self.source.path}, and config.json makes "
                     f"it {list(tensor.shape)}",
@@ -191,6 +192,14 @@ class _Job:
             if there in self.kinds and self.kinds[there].shape != tuple(larger[name].shape):
                 raise ModelError(f"{name} would grow with the vocabulary too", fix="extend a model without it")
         require_equal_ties(self.model.all_tied_weights_keys, stored, self.source.read, str(self.folder))
+
+    def _require_untouched(self, name: str, there: str, same_shape: bool) -> None:
+        """What transformers makes of several tensors cannot be compared by shape; it is copied as it is stored."""
+        if there in self.grown or not same_shape:
+            raise ModelError(
+                f"transformers makes {name}, which has a row a token, of tensors such as {there} in {self.source.path}",
+                fix="save the model with save_pretrained(..., save_original_format=False), and extend that",
+            )
 
     def _stream(self, names: Sequence[str]) -> Iterator[torch.Tensor]:
         for name in names:

@@ -16,8 +16,10 @@ from transformers import (
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
     PhiConfig,
     PhiForCausalLM,
     PreTrainedTokenizerBase,
@@ -199,6 +201,37 @@ def test_files_of_the_trunk_alone_grow_too(tmp_path: Path) -> None:
     assert torch.equal(grown.lm_head.weight[277], model.transformer.wte.weight[5])
 
 
+SMALL: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+RENAMED = {
+    "gpt_neox": (GPTNeoXConfig, {}, "embed_out.weight"),
+    "gpt_neox-tied": (GPTNeoXConfig, {"tie_word_embeddings": True}, "gpt_neox.embed_in.weight"),
+    "mixtral": (
+        MixtralConfig,
+        {"num_key_value_heads": 1, "num_local_experts": 2},
+        "model.layers.0.block_sparse_moe.experts.0.w1.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", RENAMED)
+def test_weights_that_transformers_saves_by_other_names_than_its_modules(tmp_path: Path, family: str) -> None:
+    torch.manual_seed(0)
+    config, options, stored = RENAMED[family]
+    model = AutoModelForCausalLM.from_config(config(vocab_size=277, bos_token_id=0, eos_token_id=2, **SMALL, **options))
+    model.save_pretrained(tmp_path / "in")
+    tokenizer().save_pretrained(tmp_path / "in")
+    assert stored in open_weights(tmp_path / "in").kinds
+    extend_vocabulary(tmp_path / "in", tmp_path / "out", [Wish("<|a|>", init="copy:5")])
+    before, after = model.state_dict(), weights_of(tmp_path / "out")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.equal(after[name][: len(tensor)], tensor), name
+        if len(tensor) == 277:
+            assert torch.equal(after[name][277:], tensor[[5]]), name
+    assert len([tensor for tensor in after.values() if len(tensor) == 278]) == 2
+    assert open_weights(tmp_path / "in").kinds.keys() == open_weights(tmp_path / "out").kinds.keys()
+
+
 def test_a_head_with_a_bias_grows_whole(tmp_path: Path) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -209,6 +242,15 @@ def test_a_head_with_a_bias_grows_whole(tmp_path: Path) -> None:
     extend_vocabulary(tmp_path / "in", tmp_path / "out", [Wish("<|a|>", init="copy:5"), Wish("<|b|>", init="zero")])
     bias = weights_of(tmp_path / "out")["lm_head.bias"]
     assert torch.equal(bias, torch.cat([model.lm_head.bias, model.lm_head.bias[[5]], torch.zeros(1)]))
+
+
+def test_what_a_token_begins_like_is_checked_also_where_the_token_is_there(tmp_path: Path) -> None:
+    source = hugging_face(tmp_path / "in")
+    for init in ("copy:99999", "copy:<|nowhere|>"):
+        with pytest.raises(DataError, match=r"'the' shall begin like '.*', which is no token"):
+            extend_vocabulary(source, tmp_path / "out", [Wish("the", special=False, init=init)])
+    assert not (tmp_path / "out").exists()
+    extend_vocabulary(source, tmp_path / "out", [Wish("the", special=False, init="copy:3")])
 
 
 @pytest.mark.parametrize("source_options", [{}, {"max_shard_size": "4KB"}])
