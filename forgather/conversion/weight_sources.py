@@ -205,13 +205,17 @@ def _tensors_of_pickle(path: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"cannot read {path}: {error.strerror}", fix="name a file that can be read") from error
     except _UNREADABLE as error:
         raise CheckpointError(f"{path} is no file of torch.save, or is damaged", fix="fetch it anew") from error
-    named = content if isinstance(content, Mapping) else {None: content}
-    if foreign := [str(name) for name, value in named.items() if not _is_weight(name, value)]:
+    if not isinstance(content, Mapping):
+        raise CheckpointError(
+            f"{path} holds a {type(content).__name__}, and not tensors by their names",
+            fix="save the model's state_dict() alone",
+        )
+    if foreign := [str(name) for name, value in content.items() if not _is_weight(name, value)]:
         raise CheckpointError(
             f"{path} holds other things than named tensors: {_shortened(foreign)}",
             fix="save the model's state_dict() alone",
         )
-    return dict(named)
+    return dict(content)
 
 
 def _is_weight(name: object, value: object) -> bool:

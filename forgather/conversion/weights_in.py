@@ -126,17 +126,22 @@ def _require_equal(names: list[str], source: WeightSource) -> None:
 
 def _require_fit(targets: Mapping[str, torch.Tensor], source: WeightSource) -> None:
     """Same shapes, and numbers that are of the same sort."""
-    differing = []
+    shapes, dtypes = [], []
     for name, target in targets.items():
         kind, own = source.kinds[name], TensorKind(tuple(target.shape), target.dtype)
         if kind.shape != own.shape:
-            differing.append(f"{name} {list(kind.shape)}, {list(own.shape)}")
+            shapes.append(f"{name} {list(kind.shape)}, {list(own.shape)}")
         elif kind.dtype.is_floating_point != own.dtype.is_floating_point:
-            differing.append(f"{name} {kind.dtype}, {own.dtype}")
-    if differing:
+            dtypes.append(f"{name} {kind.dtype}, {own.dtype}")
+    if shapes:
         raise CheckpointError(
-            f"{source.path} is of another model; in the checkpoint, and in the model:{listed(differing)}",
+            f"{source.path} is of another model; in the checkpoint, and in the model:{listed(shapes + dtypes)}",
             fix="construct the model with the sizes of the checkpoint",
+        )
+    if dtypes:
+        raise CheckpointError(
+            f"{source.path} has numbers of another sort; in the checkpoint, and in the model:{listed(dtypes)}",
+            fix="save these tensors in the model's dtype; integers of quantized weights must be dequantized first",
         )
 
 
