@@ -114,7 +114,8 @@ def _beginning(config: PreTrainedConfig) -> PreTrainedConfig:
     if getattr(config, "layer_types", None) is not None:
         config.layer_types = config.layer_types[:_LAYERS]
     config.vocab_size = min(config.vocab_size, _VOCABULARY)
-    config.pad_token_id = None  # it may be beyond, and decides about gradients alone
+    # They may be beyond, which transformers warns of; padding decides about gradients alone, and the others about none.
+    config.pad_token_id = config.bos_token_id = config.eos_token_id = None
     return config
 
 

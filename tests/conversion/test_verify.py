@@ -49,6 +49,16 @@ def test_a_difference_of_computation_shows(what: str) -> None:
 
 
 @pytest.mark.parametrize("family", CLASSES)
+def test_ids_beyond_the_tokens_that_are_compared_give_no_warning(
+    family: str, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    ids = {"bos_token_id": 700, "eos_token_id": 701, "pad_token_id": 702}
+    capfd.readouterr()
+    compare(family, {"vocab_size": 800} | ids, {"vocab_size": 800} | ids)
+    assert "token_id" not in caplog.text + capfd.readouterr().err
+
+
+@pytest.mark.parametrize("family", CLASSES)
 @pytest.mark.parametrize("tied", [True, False])
 def test_streamed_logits_are_those_of_the_whole_model(family: str, tied: bool) -> None:
     stored = stock_model(family, torch.bfloat16, tie_word_embeddings=tied)
