@@ -6,6 +6,7 @@ It makes no run and needs no mesh. Each batch is what the model is called with, 
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -47,12 +48,33 @@ def try_training(
     update = _InBackward(model, lr) if fuse else _AfterBackward(model, lr)
     try:
         for number, batch in enumerate(batches, start=1):
+            if first.is_meta:
+                _check_positions(model, batch)
             step = _step(model, _on(first.device, batch), update, number)
             yield step
             if step.problem is not None:
                 return
     finally:
         update.close()
+
+
+def _check_positions(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> None:
+    """Positions have values before they go to the meta device, where a model cannot see that one is beyond its last."""
+    positions = batch.get("position_ids", torch.arange(batch["input_ids"].shape[-1]))
+    for module in model.modules():
+        check = getattr(module, "check_positions", None)
+        if check is not None:
+            with _refusing():
+                check(positions)
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Parts know nothing of Forgather and its errors."""
+    try:
+        yield
+    except ValueError as error:
+        raise ModelError(str(error), fix="change the flag or parameter that the message names") from error
 
 
 def _on(device: torch.device, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -65,10 +87,8 @@ def _step(model: PreTrainedModel, batch: Mapping[str, Tensor], update: "_Update"
     device = batch["input_ids"].device
     tokens = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum()
     begun = _now(device)
-    try:
+    with _refusing():
         outputs = model(**batch, use_cache=False)
-    except ValueError as error:  # parts know nothing of Forgather and its errors
-        raise ModelError(str(error), fix="change the flag or parameter that the message names") from error
     shape = tuple(outputs.logits.shape)
     if device.type == "meta":
         outputs.loss.backward()

@@ -11,9 +11,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from forgather.errors import ModelError
 from forgather.models.package import Package
+from forgather.models.parts.positions import LearnedPositions, SinusoidalPositions
 from forgather.trainers.trial import TrialStep, try_training
 from forgather.trainers.trial_batches import random_batches
 from tests.models.example import package
+from tests.models.parts.composing import compose, config
 
 VOCABULARY = 50
 
@@ -220,3 +222,17 @@ def test_gradients_are_measured_without_overflow(dtype: torch.dtype) -> None:
     total = sum(parameter.numel() for parameter in model.parameters())
     assert step.grad_norm == pytest.approx(300.0 * total**0.5, rel=1e-2)
     assert step.problem is None
+
+
+@pytest.mark.parametrize("kind", [LearnedPositions, SinusoidalPositions])
+def test_on_meta_a_position_beyond_the_last_is_what_it_is_elsewhere(
+    kind: type[LearnedPositions | SinusoidalPositions],
+) -> None:
+    message = "a sequence of 21 tokens is longer than the 20 positions"
+    for device in ("cpu", "meta"):
+        model = compose(config("sdpa"), embed_positions=kind(20, 32)).to(device)
+        with pytest.raises(ModelError, match=message):
+            list(try_training(model, batches(1, length=21), lr=0.1))
+        packed = random_batches(VOCABULARY, rows=2, length=24, packed=True)
+        [step] = try_training(model, islice(packed, 1), lr=0.1)
+        assert step.logits_shape[:2] == (2, 24), "a packed row may be longer than its documents"

@@ -17,8 +17,12 @@ class LearnedPositions(nn.Embedding):
     def __init__(self, max_position_embeddings: int, hidden_size: int) -> None:
         super().__init__(max_position_embeddings, hidden_size)
 
-    def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
+    def check_positions(self, position_ids: torch.Tensor) -> None:
+        """Raise ValueError for a position beyond the last; also for whoever has values where the model has none."""
         check_positions(position_ids, self.num_embeddings)
+
+    def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
+        self.check_positions(position_ids)
         return super().forward(position_ids)
 
 
@@ -46,8 +50,12 @@ class SinusoidalPositions(ComputedBuffers):
         angles = positions[:, None] * 10_000.0 ** (-even / channels)
         return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)[:, :channels].contiguous()
 
-    def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
+    def check_positions(self, position_ids: torch.Tensor) -> None:
+        """As that of LearnedPositions."""
         check_positions(position_ids, self.shape[0])
+
+    def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
+        self.check_positions(position_ids)
         return F.embedding(position_ids, self.table)
 
     def extra_repr(self) -> str:
