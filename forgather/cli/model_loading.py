@@ -73,7 +73,7 @@ def construct_model(options: Options, choice: Choice, *, refuse_stale: bool) -> 
     from forgather.models.construct import construct
 
     package: Package = options.project.build("package")
-    was_there = package.dir.is_dir()
+    was_there = package.is_there
     differences = [] if options.refresh_model else package.differences()
     if differences and refuse_stale:
         raise package.stale(differences)
@@ -81,7 +81,7 @@ def construct_model(options: Options, choice: Choice, *, refuse_stale: bool) -> 
         stale = package.stale(differences)
         print_warning(f"{stale.message}; constructing what is there. {stale.fix}")
     else:
-        package.write(refresh=options.refresh_model)
+        package.write(refresh=options.refresh_model, undrawn=options.no_init_weights)
     try:
         model = construct(
             package.dir,
@@ -97,7 +97,7 @@ def construct_model(options: Options, choice: Choice, *, refuse_stale: bool) -> 
     if options.load_from_checkpoint is not None:
         _load(model, options)
     saved = save_weights(model, package.dir) if options.save_checkpoint else []
-    if options.refresh_model and was_there and not saved:
+    if options.refresh_model and not saved:
         _warn_of_weights(model, package.dir)
     if options.gradient_checkpointing:
         _recompute(model)
@@ -125,6 +125,7 @@ def _warn_of_weights(model: "PreTrainedModel", folder: Path) -> None:
 
 
 def _load(model: "PreTrainedModel", options: Options) -> None:
+    from forgather.conversion.listing import listed
     from forgather.conversion.weights_in import load_weights
 
     loaded = load_weights(model, Path(options.load_from_checkpoint))
@@ -132,7 +133,7 @@ def _load(model: "PreTrainedModel", options: Options) -> None:
         print_warning(warning)
     if loaded.missing and options.no_init_weights:
         raise ModelError(
-            f"--no-init-weights leaves undefined what {loaded.path} does not hold: {', '.join(loaded.missing)}",
+            f"--no-init-weights leaves undefined what {loaded.path} does not hold:{listed(loaded.missing)}",
             fix="leave out --no-init-weights: what is not found is then drawn by the model's rules",
         )
 

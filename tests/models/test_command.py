@@ -116,8 +116,11 @@ def test_what_a_checkpoint_lacks_is_named_and_drawn(package: Path, capsys: pytes
     assert warning.startswith("warning: ")
     assert "model.layers.2.mlp.up_proj.weight" in warning
     assert "model.layers.1.mlp.up_proj.weight" not in warning
-    assert main([*wider.split(), str(package), "--no-init-weights"]) == 2
-    assert "--no-init-weights leaves undefined" in capsys.readouterr().err
+    wider = wider.replace("-layers 3", "-layers 9")
+    assert main([*wider.split(), str(package), "-r", "--no-init-weights"]) == 2
+    message = capsys.readouterr().err.partition("--no-init-weights leaves undefined")[2]
+    assert message.count("model.layers.") == 20
+    assert re.search(r"\n +and \d+ more\n", message)
 
 
 def test_a_checkpoint_of_another_shape_is_refused_with_both(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -149,6 +152,26 @@ def test_a_package_is_kept_with_a_hint_and_rebuilt_by_r(package: Path, capsys: p
     assert main(["model", "-r", "construct"]) == 0
     assert "# mine" not in (package / "mlp.py").read_text()
     assert "(as it was" not in capsys.readouterr().err
+
+
+def test_a_package_that_was_just_written_is_not_said_to_be_as_it_was(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (project / "made").mkdir()
+    assert main(["model", "--output-dir", "made", "construct"]) == 0
+    assert f"model package: {project / 'made'}\n" in capsys.readouterr().err
+    assert main(["model", "--output-dir", "made", "construct"]) == 0
+    assert "(as it was; -r regenerates it)" in capsys.readouterr().err
+
+
+def test_rules_that_draw_nothing_are_enough_to_load_weights(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for line in ("model construct init_rules=null", "model --device cpu construct init_rules=null"):
+        assert main(line.split()) == 2
+        assert "init_rules is None, not a mapping" in capsys.readouterr().err
+    assert main(["model", "--no-init-weights", "construct", "init_rules=null"]) == 0
+    capsys.readouterr()
+    assert main(["model", "--no-init-weights", "construct", "--explain-init", "init_rules=null"]) == 2
+    assert "init_rules is None, not a mapping" in capsys.readouterr().err
 
 
 def test_a_stale_package_is_told_with_the_difference(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -273,6 +296,10 @@ def test_a_model_that_knows_no_sdpa_is_eager_unless_told(project: Path, capsys: 
             "integers",
         ),
         ("model construct hf_config.vocab_size=10", "vocab_size 10 has no row for every token", "277 or more"),
+        ("model construct --output-dir=", "--output-dir is empty", "--output-dir ./mine"),
+        ("model construct --output-dir .", "is no folder of a model: it holds configs, project.yaml", "--output-dir"),
+        ("model construct --model-name=", "'' is no model name", "--model-name"),
+        ("model construct --model-name a/../../b", "'a/../../b' is no model name", "--model-name"),
         ("model construct --output-dir /proc/x", "cannot write the model package /proc/x", "--output-dir"),
         ("model construct --attn-implementation guess", "invalid choice: 'guess'", ""),
         ("model construct --steps 3", "--steps is a flag of `forgather model test`", ""),
