@@ -1,5 +1,7 @@
 """Rotary position embedding in all the variants that transformers knows."""
 
+import math
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -7,6 +9,19 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
 from forgather.models.parts.buffers import ComputedBuffers
+
+# What each variant reads, by transformers' names. An own one, registered in ROPE_INIT_FUNCTIONS, may read anything.
+_ALWAYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+_NUMBERS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    "longrope": ("factor", "attention_factor", "short_factor", "long_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "proportional": ("factor",),
+}
+_POSITIVE = ("rope_theta", "factor")
 
 
 class RotaryEmbedding(ComputedBuffers):
@@ -60,6 +75,7 @@ class RotaryEmbedding(ComputedBuffers):
     def _frequencies(self, kind: str | None, device: torch.device | None) -> torch.Tensor:
         """[C / 2] float32; yarn and longrope also say what cosines and sines are multiplied with."""
         rope_type = self._rope_type(kind)
+        check_parameters(rope_type, self._variant(kind))
         try:
             if rope_type == "default":
                 frequencies, scaling = default_frequencies(self.config, self._variant(kind), device), 1.0
@@ -88,6 +104,21 @@ class RotaryEmbedding(ComputedBuffers):
 
     def extra_repr(self) -> str:
         return str(self.rope_type)
+
+
+def check_parameters(rope_type: str, parameters: dict[str, Any]) -> None:
+    """Raise ValueError for a name that nothing would read, and for a base or factor that is not more than 0."""
+    if rope_type in _NUMBERS:
+        known = (*_ALWAYS, *_NUMBERS[rope_type])
+        for key in parameters:
+            if key not in known:
+                near = get_close_matches(key, known, n=1)
+                there = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
+                raise ValueError(f"rope_parameters: rope_type '{rope_type}' has no {key}; {there}")
+    for key in _POSITIVE:
+        value = parameters.get(key)
+        if isinstance(value, int | float) and not 0 < value < math.inf:
+            raise ValueError(f"rope_parameters: {key} is {value}, and must be more than 0")
 
 
 def buffer_name(layer_type: str | None, name: str) -> str:
