@@ -7,7 +7,7 @@ import argparse
 from typing import Any
 
 from forgather.cli.commands import COMMANDS, load
-from forgather.cli.parser import CommandParser
+from forgather.cli.parser import CommandParser, UsageError
 from forgather.config.parameters import Parameter
 from forgather.config.project import Project
 from forgather.config.tree import Plain
@@ -50,6 +50,8 @@ class Declared:
         for key, value in given.items():
             delattr(options, key)
             name = key.removeprefix(_PREFIX)
+            if value == "" and self.parameters[name].type == "path":  # it would be the working directory
+                raise UsageError(f"{flag(name)} is empty", fix=f"name a folder or a file, as {flag(name)} ./mine")
             is_text = isinstance(value, str)  # a switch of a bool has its value already
             values[name] = self.parameters[name].parse(value, f"{flag(name)} {value}") if is_text else value
         return values

@@ -59,5 +59,4 @@ def _explained(constructed: Constructed, options: Options) -> list["Explained"]:
     from forgather.models.construct import load_classes
     from forgather.models.explain_init import explain_init
 
-    classes = load_classes(constructed.package.dir)
-    return explain_init(constructed.model, classes.model.init_rules(classes.config))
+    return explain_init(constructed.model, load_classes(constructed.package.dir).init_rules)

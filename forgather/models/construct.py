@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import re
 import sys
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -15,8 +17,11 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from forgather.errors import ModelError
-from forgather.models.initialize import initialize, make_whole
+from forgather.models.initialize import InitRules, choose, initialize, make_whole
 from forgather.models.sources import GENERATED, PARTS
+
+_INITIALIZER = ("fill", "needs_whole", "may_match_nothing")
+_RULES_FIX = "write rules as docs/reference/model-initialisation.md has them, or leave init_rules to the parent config"
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,20 @@ class Classes:
 
     model: Any
     config: PreTrainedConfig
+
+    @property
+    def init_rules(self) -> InitRules:
+        """Patterns and initializers, for `initialize`; ModelError where the configuration has something else there."""
+        rules = self.model.init_rules(self.config)
+        if not isinstance(rules, Mapping):
+            raise ModelError(f"init_rules is {rules!r}, not a mapping of patterns to initializers", fix=_RULES_FIX)
+        for pattern, initializer in rules.items():
+            if missing := [name for name in _INITIALIZER if not hasattr(initializer, name)]:
+                raise ModelError(
+                    f"init_rules: {pattern}: {initializer!r} is no initializer, it has no {', '.join(missing)}",
+                    fix=_RULES_FIX,
+                )
+        return rules
 
 
 def construct(
@@ -38,9 +57,10 @@ def construct(
     """The causal language model of the package in folder `package`.
 
     On a device other than meta its weights are drawn from `seed` by the package's rules, as `initialize` draws them;
-    with `seed=None` they are left undefined, for whoever loads others. `dtype` is the parameters'; without one it is
-    torch's default, whatever weights were saved in the folder. Without an `attn_implementation` it is sdpa, or eager
-    where a part knows no sdpa. Raises ModelError where sizes or names do not fit together.
+    on meta the rules are only checked. With `seed=None` weights are left undefined, for whoever loads others. `dtype`
+    is the parameters'; without one it is torch's default, whatever weights were saved in the folder. Without an
+    `attn_implementation` it is sdpa, or eager where a part knows no sdpa. Raises ModelError where sizes, names or rules
+    do not fit together.
     """
     classes = load_classes(package)
     options: dict[str, Any] = {"dtype": torch.get_default_dtype() if dtype is None else dtype}
@@ -50,7 +70,7 @@ def construct(
         with torch.device("meta"):
             model: PreTrainedModel = classes.model._from_config(classes.config, **options)
     except ValueError as error:  # parts know nothing of Forgather and its errors
-        raise ModelError(str(error), fix="change the parameter that the message names") from error
+        raise ModelError(str(error), fix=_change(str(error), package)) from error
     except (TypeError, RuntimeError) as error:
         if not _is_about_values(error, package):
             raise
@@ -58,13 +78,22 @@ def construct(
             f"no model can be made of the values in hf_config: {error}", fix="let sizes be positive integers"
         ) from error
     model.generation_config = GenerationConfig.from_pretrained(package)
+    rules = None if seed is None else classes.init_rules
+    if rules is not None:
+        choose(model, rules)  # before memory is taken, and on meta too
     if torch.device(device).type != "meta":
         model.to_empty(device=torch.device(device))
-        if seed is None:
+        if rules is None or seed is None:
             make_whole(model)
         else:
-            initialize(model, classes.model.init_rules(model.config), seed)
+            initialize(model, rules, seed)
     return model
+
+
+def _change(message: str, package: Path) -> str | None:
+    """What to do about an error of a part or of transformers: change those of the sizes that it names."""
+    named = [key for key in _settings(package) if re.search(rf"\b{re.escape(key)}\b", message)]
+    return f"change {' or '.join(named)}" if named else None
 
 
 def _is_about_values(error: BaseException, package: Path) -> bool:
@@ -81,16 +110,20 @@ def load_classes(package: Path) -> Classes:
     The module is imported from where it stands, under a name of its own, and not through transformers' cache of remote
     code, which ranks that start together would write at the same time.
     """
-    settings = json.loads((package / "config.json").read_text(encoding="utf-8"))
-    module, _, name = settings["auto_map"]["AutoModelForCausalLM"].partition(".")
+    module, _, name = _settings(package)["auto_map"]["AutoModelForCausalLM"].partition(".")
     model = getattr(_import(package, module), name)
     try:
         config = model.config_class.from_pretrained(package)
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # as transformers happens to meet it
-        raise ModelError(f"{package / 'config.json'}: {error}", fix="change the parameter that it names") from error
+        raise ModelError(f"{package / 'config.json'}: {error}", fix=_change(str(error), package)) from error
     # `save_pretrained` then takes the code along: the config's, which the model calls, as one file has both classes.
     model.config_class.register_for_auto_class()
     return Classes(model, config)
+
+
+def _settings(package: Path) -> dict[str, Any]:
+    settings: dict[str, Any] = json.loads((package / "config.json").read_text(encoding="utf-8"))
+    return settings
 
 
 def _import(package: Path, module: str) -> ModuleType:

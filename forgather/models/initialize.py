@@ -8,6 +8,7 @@ million blocks of a 70B model about a hundred pairs are equal.)
 
 import copy
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from math import prod
@@ -37,11 +38,34 @@ def initialize(model: nn.Module, rules: InitRules, seed: int) -> None:
     """
     make_whole(model)
     owners = dict(_parameters(model))
-    assignment = assign(rules, owners)
+    for name, initializer in choose(model, rules).items():
+        module, attribute = owners[name]
+        if initializer.fill is None:
+            _draw_by_module(module, attribute, f"{seed}\0{name}")
+        elif initializer.needs_whole:
+            _draw_whole(getattr(module, attribute), initializer.fill, f"{seed}\0{name}")
+        else:
+            _draw(getattr(module, attribute), initializer.fill, f"{seed}\0{name}")
+
+
+def choose(model: nn.Module, rules: InitRules) -> dict[str, Initializer]:
+    """The initializer of each parameter, by name; a model on the meta device will do.
+
+    Raises ModelError for rules that `initialize` cannot draw by.
+    """
+    owners = dict(_parameters(model))
+    try:
+        assignment = assign(rules, owners)
+    except re.error as error:
+        raise ModelError(
+            f"init_rules: {error.pattern!r} is no regular expression: {error}", fix="write a dot in a name as \\."
+        ) from error
     if assignment.without_rule:
         raise ModelError(
             f"no initialisation rule for {', '.join(assignment.without_rule)}",
-            fix='add a rule to init_rules, for instance ".*": !singleton:forgather.models.parts.initializers:Keep {}',
+            fix="put a rule for it in front with `init_rules: !prepend`, as "
+            f"{_last(assignment.without_rule[0])}$: !singleton:forgather.models.parts.initializers:Ones {{}}; "
+            "others are in docs/reference/model-initialisation.md",
         )
     if assignment.without_parameter:
         raise ModelError(
@@ -54,14 +78,7 @@ def initialize(model: nn.Module, rules: InitRules, seed: int) -> None:
                 f"the initializer Keep needs {type(owners[name][0]).__name__} to have a method reset_parameters()",
                 fix="choose another initializer for its parameters",
             )
-    for name, initializer in assignment.chosen.items():
-        module, attribute = owners[name]
-        if initializer.fill is None:
-            _draw_by_module(module, attribute, f"{seed}\0{name}")
-        elif initializer.needs_whole:
-            _draw_whole(getattr(module, attribute), initializer.fill, f"{seed}\0{name}")
-        else:
-            _draw(getattr(module, attribute), initializer.fill, f"{seed}\0{name}")
+    return assignment.chosen
 
 
 @torch.no_grad()
@@ -106,6 +123,11 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str]]]
         module, _, attribute = name.rpartition(".")
         owner = model.get_submodule(module)
         yield plain_name(name), (owner, attribute)
+
+
+def _last(name: str) -> str:
+    """`model.layers.0.mlp.gate.weight` -> `gate\\.weight`, which is what a pattern names."""
+    return r"\.".join(name.split(".")[-2:])
 
 
 def _draw(parameter: torch.Tensor, fill: Fill, key: str) -> None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from forgather.models.parts.initializers import Initializer
 
 MANIFEST = "forgather_package.json"
+_WEIGHTS = r".*\.(safetensors|bin|pt|pth)(\.index\.json)?"
 
 
 class Package:
@@ -49,6 +50,11 @@ class Package:
         plan: Mapping[str, Any],
         dir: str | Path,
     ) -> None:
+        if name in ("", ".", "..") or "/" in name or "\\" in name:
+            raise ModelError(
+                f"{name!r} is no model name: the package's folder and its classes are called by it",
+                fix="choose one without / and \\, as --model-name mine; --output-dir says where the package goes",
+            )
         self.name = name
         self.source = source
         self.init_source = init_source
@@ -67,28 +73,32 @@ class Package:
         """Which initializer each parameter gets: an ordered mapping of patterns, for `initialize`."""
         from forgather.models.construct import load_classes
 
-        classes = load_classes(self.write())
-        return classes.model.init_rules(classes.config)
+        return dict(load_classes(self.write()).init_rules)
 
-    def write(self, refresh: bool = False) -> Path:
+    @property
+    def is_there(self) -> bool:
+        """Whether the folder holds a package, this one or a stale one."""
+        return (self.dir / MANIFEST).exists()
+
+    def write(self, refresh: bool = False, *, undrawn: bool = False) -> Path:
         """Make the folder say what the configuration says, and return it.
 
         Several processes may call it at once. An equal package is kept. A different one is an error unless `refresh`,
-        which replaces the generated files and nothing else.
+        which replaces the generated files and nothing else. With `undrawn` its rules need not fit its parameters.
         """
-        if (self.dir / MANIFEST).exists() and not self.differences():
+        if self.is_there and not self.differences():
             return self.dir  # needs no lock, so a read-only disk that holds it will do
         with self._locked():
             if not self.dir.is_dir():
                 with appearing(self.dir, self._aside) as aside:
-                    self._write_into(aside)
-            elif not (self.dir / MANIFEST).exists():
+                    self._write_into(aside, undrawn)
+            elif not self.is_there:
                 self._refuse_foreign_files()
-                self._move_in()
+                self._move_in(undrawn)
             elif differences := self.differences():
                 if not refresh:
                     raise self.stale(differences)
-                self._move_in()
+                self._move_in(undrawn)
         from forgather.models.construct import load_classes
 
         load_classes(self.dir)  # so that the Auto classes know it from here, and not from where it was tried
@@ -140,7 +150,8 @@ class Package:
         """A model from the written package, which is written first where it is not; see `construct.construct`."""
         from forgather.models.construct import construct
 
-        return construct(self.write(), device, dtype=dtype, attn_implementation=attn_implementation, seed=seed)
+        package = self.write(undrawn=seed is None)
+        return construct(package, device, dtype=dtype, attn_implementation=attn_implementation, seed=seed)
 
     @cached_property
     def _files(self) -> dict[str, bytes]:
@@ -212,7 +223,7 @@ class Package:
         """Where the holder of the lock writes. Named by digest, as Python remembers what a folder has to import."""
         return self.dir.parent / f".{self.dir.name}-{self.digest[:16]}.partial"
 
-    def _write_into(self, folder: Path) -> None:
+    def _write_into(self, folder: Path, undrawn: bool) -> None:
         """The whole package, and try it: a model can be made from it."""
         from forgather.models.construct import construct
 
@@ -220,14 +231,15 @@ class Package:
             (folder / name).write_bytes(content)
         files = {name: _hash(content) for name, content in self._files.items()}
         (folder / MANIFEST).write_bytes(_json({"digest": self.digest, "files": files}))
-        construct(folder, attn_implementation="eager")  # which every composition has, soft-capped scores too
+        # Every composition has eager attention, soft-capped scores too.
+        construct(folder, attn_implementation="eager", seed=None if undrawn else 0)
 
-    def _move_in(self) -> None:
+    def _move_in(self, undrawn: bool) -> None:
         """Replace the generated files one by one; until the last, the manifest says that it is not finished."""
         manifest = self.dir / MANIFEST
         old = _read(manifest).get("files", {}) if manifest.exists() else {}
         with emptied(self._aside) as aside:
-            self._write_into(aside)
+            self._write_into(aside, undrawn)
             unfinished = aside / "unfinished.json"
             unfinished.write_bytes(_json({"digest": None, "files": dict.fromkeys([*old, *self._files])}))
             sync_all(aside.iterdir())
@@ -249,6 +261,18 @@ class Package:
                 f"{self.dir} holds {', '.join(there)}, which Forgather has not written",
                 fix="choose another --output-dir or --model-name, or move the folder away",
             )
+        foreign = sorted(path.name for path in self.dir.iterdir() if not _may_stand_beside(path.name))
+        if foreign:
+            raise ModelError(
+                f"{self.dir} is no folder of a model: it holds {', '.join(foreign[:3])}"
+                + (f" and {len(foreign) - 3} more" if foreign[3:] else ""),
+                fix=f"choose a folder of the package's own, as --output-dir {self.dir / self.name}",
+            )
+
+
+def _may_stand_beside(name: str) -> bool:
+    """Whether a folder without a package may hold it: what is hidden, runs, and weights that came first."""
+    return name.startswith(".") or name == "runs" or re.fullmatch(_WEIGHTS, name) is not None
 
 
 def _tokenizer_files(tokenizer: "PreTrainedTokenizerBase") -> dict[str, bytes]:

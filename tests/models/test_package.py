@@ -17,7 +17,7 @@ from forgather.errors import ModelError
 from forgather.models.construct import construct, load_classes
 from forgather.models.package import MANIFEST, Package
 from forgather.models.parts.initializers import Keep, Normal, Zeros
-from tests.models.example import PLAN, SIZES, SOURCE, package
+from tests.models.example import PLAN, SIZES, SOURCE, package, tokenizer
 from tests.ranks import RankPool
 from tests.test_durable import what_is_done
 
@@ -255,6 +255,31 @@ def test_a_folder_with_runs_only_is_used(folder: Path) -> None:
     assert package(folder).construct().config.hidden_size == 64
 
 
+def test_a_folder_of_other_things_is_no_place_for_a_package(folder: Path) -> None:
+    (folder / "runs").mkdir(parents=True)
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(ModelError, match=r"is no folder of a model: it holds notes\.txt\n") as raised:
+        package(folder).write()
+    assert f"--output-dir {folder / 'tiny_llama'}" in str(raised.value.fix)
+    assert sorted(path.name for path in folder.iterdir()) == ["notes.txt", "runs"]
+
+
+def test_weights_that_came_first_and_hidden_files_are_no_hindrance(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin", ".gitignore"):
+        (folder / name).write_text("{}")
+    assert package(folder).write() == folder
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/../../b c", "/a", "a\\b"])
+def test_what_is_no_model_name_is_refused_before_anything_is_written(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ModelError, match="is no model name") as raised:
+        Package(
+            name=name, source=SOURCE, init_source="", hf_config=SIZES, tokenizer=tokenizer(), plan=PLAN, dir=tmp_path
+        )
+    assert "--model-name" in str(raised.value.fix)
+
+
 def test_an_equal_package_on_a_read_only_disk_is_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: Any, **__: Any) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
@@ -281,6 +306,48 @@ def test_sizes_that_do_not_fit_leave_no_package(folder: Path) -> None:
     with pytest.raises(ModelError, match="not a multiple"):
         package(folder, num_attention_heads=3).write(refresh=True)
     assert package(folder).differences() == []
+
+
+def test_the_fix_names_the_sizes_that_do_not_fit(folder: Path) -> None:
+    with pytest.raises(ModelError, match="not a multiple") as raised:
+        package(folder, num_attention_heads=3).write()
+    assert raised.value.fix == "change hidden_size or num_attention_heads"
+
+
+RULES = """
+from forgather.models.parts.initializers import Normal
+def rules(hf_config):
+    return {}
+"""
+
+
+@pytest.mark.parametrize(
+    ("rules", "said"),
+    [
+        ("{'proj': Normal(std=1.0)}", r"no initialisation rule for model\.embed_tokens\.weight, "),
+        ("{'.': Normal(std=1.0), 'nobody': Normal(std=1.0)}", "rules that match no parameter: nobody"),
+        ("None", "init_rules is None, not a mapping"),
+        ("{'.': 3}", r"init_rules: \.: 3 is no initializer, it has no fill, needs_whole, may_match_nothing"),
+        ("{'(': Normal(std=1.0)}", r"init_rules: '\(' is no regular expression"),
+    ],
+)
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_rules_that_cannot_draw_are_an_error_on_any_device(folder: Path, rules: str, said: str, device: str) -> None:
+    built = package(folder, init_source=RULES.format(rules))
+    with pytest.raises(ModelError, match=said) as raised:
+        built.construct(device)
+    assert raised.value.fix
+    assert not folder.exists()
+    built.construct("meta", seed=None)  # for whoever loads weights
+    with pytest.raises(ModelError, match=said):
+        built.construct(device)
+
+
+def test_the_fix_for_a_parameter_without_a_rule_is_a_rule_in_front(folder: Path) -> None:
+    with pytest.raises(ModelError) as raised:
+        package(folder, init_source=RULES.format("{'proj|embed|head|layernorm': Normal(std=1.0)}")).write()
+    assert r"`init_rules: !prepend`, as norm\.weight$: !singleton:" in (raised.value.fix or "")
+    assert "docs/reference/model-initialisation.md" in (raised.value.fix or "")
 
 
 def test_code_that_needs_forgather_is_refused(folder: Path) -> None:
