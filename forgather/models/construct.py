@@ -110,7 +110,14 @@ def load_classes(package: Path) -> Classes:
     The module is imported from where it stands, under a name of its own, and not through transformers' cache of remote
     code, which ranks that start together would write at the same time.
     """
-    module, _, name = _settings(package)["auto_map"]["AutoModelForCausalLM"].partition(".")
+    settings = _settings(package)
+    rope = settings.get("rope_parameters")
+    if rope is not None and not isinstance(rope, dict):  # transformers would fail in the middle of its own code
+        raise ModelError(
+            f"rope_parameters is {rope!r}, not a mapping",
+            fix="rope_parameters: {rope_type: default, rope_theta: 10000.0}",
+        )
+    module, _, name = settings["auto_map"]["AutoModelForCausalLM"].partition(".")
     model = getattr(_import(package, module), name)
     try:
         config = model.config_class.from_pretrained(package)
