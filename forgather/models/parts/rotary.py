@@ -118,7 +118,7 @@ def check_parameters(rope_type: str, parameters: dict[str, Any]) -> None:
     for key in _POSITIVE:
         value = parameters.get(key)
         if isinstance(value, int | float) and not 0 < value < math.inf:
-            raise ValueError(f"rope_parameters: {key} is {value}, and must be more than 0")
+            raise ValueError(f"rope_parameters: {key} is {value}, and must be more than 0, and finite")
 
 
 def buffer_name(layer_type: str | None, name: str) -> str:

@@ -141,6 +141,7 @@ def test_buffers_stay_float32_and_come_back_after_to_empty(parameters: dict[str,
         (rope("linear") | {"factor": 0}, "factor is 0, and must be more than 0"),
         (rope("yarn") | {"factor": -4.0}, "factor is -4.0, and must be more than 0"),
         (rope("default") | {"rope_theta": float("nan")}, "rope_theta is nan, and must be more than 0"),
+        (rope("default") | {"rope_theta": float("inf")}, "rope_theta is inf, and must be more than 0, and finite"),
         (rope("default") | {"rope_theta": 0}, "rope_theta is 0, and must be more than 0"),
     ],
 )
