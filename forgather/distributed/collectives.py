@@ -44,13 +44,6 @@ def sum_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> t
     return tensor
 
 
-def max_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
-    """Take the element-wise maximum of `tensor` over the ranks, in place, and return it."""
-    if world_size() > 1:
-        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=group)
-    return tensor
-
-
 def broadcast_object(value: T, source: int = 0) -> T:
     """The value that rank `source` passed, on every rank."""
     if world_size() == 1:

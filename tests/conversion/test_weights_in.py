@@ -10,28 +10,14 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from forgather.conversion import weight_sources
 from forgather.conversion.weights_in import load_weights, open_weights
 from forgather.errors import CheckpointError
+from tests.conversion.small_llama import EMBEDDING, HEAD, llama
 from tests.conversion.test_export import flip_a_byte, save_run
 from tests.ranks import RankPool
-
-SIZES: dict[str, Any] = {
-    "vocab_size": 15,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 32,
-}
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-
-
-def llama(*, seed: int = 0, **sizes: Any) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**SIZES | sizes))
 
 
 def values(model: nn.Module) -> dict[str, torch.Tensor]:

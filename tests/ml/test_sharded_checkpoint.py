@@ -9,28 +9,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from forgather.conversion import weights_out
 from forgather.errors import CheckpointError
 from forgather.ml.no_init_weights import no_init_weights
 from forgather.ml.sharded_checkpoint import load_checkpoint, save_checkpoint
 from forgather.ml.utils import default_dtype
-
-SIZES: dict[str, Any] = {
-    "vocab_size": 15,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 32,
-}
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-
-
-def llama(*, seed: int = 0, **sizes: Any) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**SIZES | sizes))
+from tests.conversion.small_llama import EMBEDDING, HEAD, llama
 
 
 def assert_equal(one: nn.Module, other: nn.Module) -> None:
