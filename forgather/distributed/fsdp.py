@@ -42,7 +42,7 @@ def apply_fsdp(
     less memory, one more gather.
     """
     dtype = COMPUTE_DTYPE[precision]
-    if mesh.device_mesh is None:
+    if mesh.data_mesh is None:
         if dtype is not None:
             ComputeCopies(model, dtype)
         _remember(model, Spread(num_groups=0, precision=precision))
@@ -55,8 +55,8 @@ def apply_fsdp(
     if num_parameters < ONE_GROUP_BELOW:
         blocks = []
     for block in blocks:
-        fully_shard(block, mesh=mesh.device_mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-    fully_shard(model, mesh=mesh.device_mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh.data_mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    fully_shard(model, mesh=mesh.data_mesh, mp_policy=policy)
     for module in fsdp_modules(model):
         # The divisor alone would ask for a scaled sum, which gloo does not have; together they mean: just add up.
         module.set_gradient_divide_factor(1.0)

@@ -180,7 +180,9 @@ def test_a_link_to_nothing_and_a_folder_that_cannot_be_listed_are_named(tmp_path
     assert list(TextFiles(tmp_path, exclude=["sub/**"]).documents()) == ["a"]
 
 
-@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b'{"text": "x"}\n' * 1000)[:-10]])
+@pytest.mark.parametrize(
+    "content", [b"no gzip", gzip.compress(b'{"text": "x"}\n' * 1000)[:-10]], ids=["no gzip", "cut off"]
+)
 def test_a_compressed_file_that_cannot_be_unpacked_is_named(tmp_path, content):
     write(tmp_path, {"a.jsonl.gz": content})
     with pytest.raises(DataError, match=r"a\.jsonl\.gz cannot be unpacked"):

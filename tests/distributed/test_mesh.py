@@ -40,8 +40,13 @@ def test_auto_is_what_the_other_axis_leaves(world, replicate, shard, expected):
 @pytest.mark.parametrize(
     ("replicate", "shard", "message", "fix"),
     [
-        (3, "auto", "does not make 4 processes", "replicate 1 x shard 4 or replicate 2 x shard 2 or replicate 4 x"),
-        (2, 4, "replicate 2 x shard 4 does not make 4", "replicate 2 x shard 2"),
+        (
+            3,
+            "auto",
+            "takes 3 processes, and there are 4",
+            "replicate 1 x shard 4 or replicate 2 x shard 2 or replicate 4 x",
+        ),
+        (2, 4, "replicate 2 x shard 4 takes 8 processes, and there are 4", "replicate 2 x shard 2"),
         ("auto", "auto", "both auto", "give one of them a number"),
         (0, "auto", "mesh.replicate is 0", "from 1"),
         (1, "Auto", "mesh.shard is 'Auto'", "auto"),
