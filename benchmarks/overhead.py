@@ -53,6 +53,7 @@ from forgather.trainers.loss import CausalLoss
 from forgather.trainers.reports import Reports
 from forgather.trainers.step import LocalStep
 from forgather.trainers.trainer import Trainer
+from forgather.trainers.update import Update
 
 VOCABULARY = 4096
 MIN_OF_HAND, MIN_OF_PEERS, MAX_ADDED_MS = 0.97, 1.0, 1.0
@@ -87,7 +88,7 @@ class Ours:
         self.trainer = Trainer(
             model=model,
             optimizer=optimizer,
-            step=LocalStep(model, loss, optimizer, constant, mesh, max_grad_norm=MAX_NORM),
+            step=LocalStep(model, loss, Update(optimizer, constant, mesh, max_grad_norm=MAX_NORM), mesh),
             data=data,
             mesh=mesh,
             meter=Meter(mesh.environment.device),

@@ -30,6 +30,7 @@ from forgather.trainers.loss import CausalLoss
 from forgather.trainers.reports import Reports
 from forgather.trainers.step import LocalStep
 from forgather.trainers.trainer import Trainer
+from forgather.trainers.update import Update
 from tests.data.corpora import write_shards
 
 VOCABULARY = 61
@@ -98,7 +99,7 @@ def make_trainer(
     return Trainer(
         model=model,
         optimizer=optimizer,
-        step=LocalStep(model, loss, optimizer, schedule, mesh),
+        step=LocalStep(model, loss, Update(optimizer, schedule, mesh), mesh),
         data=data,
         mesh=mesh,
         meter=Meter(mesh.environment.device),

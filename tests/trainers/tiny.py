@@ -12,6 +12,7 @@ from forgather.distributed.mesh import Mesh
 from forgather.optim.schedules import constant
 from forgather.trainers.loss import CausalLoss
 from forgather.trainers.step import LocalStep
+from forgather.trainers.update import Update
 
 VOCABULARY = 131  # odd, so that no shard divides evenly
 LENGTH = 16
@@ -97,7 +98,8 @@ def build_step(
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1, fused=True)
     loss = CausalLoss(model, chunk_rows=8)
-    return LocalStep(model, loss, optimizer, constant, mesh, max_grad_norm=max_grad_norm, seed=seed)
+    update = Update(optimizer, constant, mesh, max_grad_norm=max_grad_norm)
+    return LocalStep(model, loss, update, mesh, seed=seed)
 
 
 def run_steps(
