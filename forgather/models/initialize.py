@@ -21,6 +21,7 @@ from forgather.errors import ModelError
 from forgather.models.names import plain_name
 from forgather.models.parts.initializers import Initializer
 from forgather.models.parts.rules import assign
+from forgather.tensor_boxes import local_box
 
 BLOCK = 65_536
 BLOCKS_AT_ONCE = 64  # what is drawn before it is copied to its place: 16 MiB
@@ -153,10 +154,8 @@ def _draw(parameter: torch.Tensor, fill: Fill, key: str) -> None:
 
 def _local(parameter: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
     """What this rank holds of a parameter, and where that begins in the whole."""
-    if isinstance(parameter, DTensor):
-        chunk = parameter.__create_chunk_list__()[0]  # type: ignore[no-untyped-call]
-        return parameter.to_local(), tuple(chunk.offsets)
-    return parameter.data, (0,) * parameter.dim()
+    offsets, _ = local_box(parameter)
+    return (parameter.to_local() if isinstance(parameter, DTensor) else parameter.data), offsets
 
 
 def _draw_range(out: torch.Tensor, start: int, numel: int, fill: Fill, key: str) -> None:
