@@ -8,6 +8,7 @@ EXIT_OK = 0
 EXIT_INTERNAL = 1
 EXIT_USER = 2
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, as shells report it: whoever read the output (`| head`) has gone
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it: a person ended it, and nothing was saved
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: the run was interrupted, and the same command continues it
 
 

@@ -10,12 +10,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from forgather.cli.commands import COMMANDS
-from forgather.errors import EXIT_BROKEN_PIPE, EXIT_OK, ForgatherError
+from forgather.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, EXIT_OK, ForgatherError
 
 if TYPE_CHECKING:
     from forgather.config.project import Project
-
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 

@@ -34,7 +34,8 @@ class Outcome(Enum):
     """How a run ended."""
 
     FINISHED = "finished"
-    STOPPED = "stopped"  # a hook asked for it; the same command continues the run
+    STOPPED = "stopped"  # a hook, a signal or a command asked for it; the same command continues the run
+    ABORTED = "aborted"  # a command asked for it; nothing was saved
     NOTHING_TO_DO = "nothing to do"
 
 

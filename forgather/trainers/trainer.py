@@ -16,13 +16,17 @@ from forgather.distributed.mesh import Mesh
 from forgather.metrics.budget import Coverage, describe
 from forgather.metrics.meter import Meter
 from forgather.metrics.step_result import StepResult
+from forgather.trainers.control import Control
 from forgather.trainers.evaluation import Evaluation
 from forgather.trainers.events import Evaluated, Finished, Hooks, Outcome, Saved, Started, StepEnded
 from forgather.trainers.reports import Reports
+from forgather.trainers.update import Update
 
 
 class Step(Protocol):
     """One optimizer step over this rank's microbatches: `trainers.step.LocalStep` is one."""
+
+    update: Update
 
     def __call__(self, step: int, batches: Sequence[Batch]) -> StepResult: ...
 
@@ -54,6 +58,7 @@ class Trainer:
         checkpoints: CheckpointStore,
         steps: int,
         evaluation: Evaluation | None = None,
+        control: Control | None = None,
         hooks: Mapping[str, Any] | None = None,
         log_every: int | None = 10,
         eval_every: int | None = None,
@@ -69,11 +74,12 @@ class Trainer:
         self.checkpoints = checkpoints
         self.steps = steps
         self.evaluation = evaluation
-        self.hooks = Hooks(hooks or {})
+        self.control = control or Control(signals=False)
+        self.hooks = Hooks({"of control": self.control, **(hooks or {})})
         self.log_every = log_every
         self.eval_every = eval_every
         self.save_every = save_every
-        self.state = TrainState(model, optimizer, {"data": data, **self.hooks.with_state()})
+        self.state = TrainState(model, optimizer, {"data": data, "update": step.update, **self.hooks.with_state()})
         self.steps_done = 0
         self.saved_at: int | None = None  # the step of the newest checkpoint
         for name, path in (carried or {}).items():
@@ -86,19 +92,25 @@ class Trainer:
         outcome = Outcome.FINISHED
         with self._running():
             for number in range(self.steps_done, self.steps):
-                with self.meter.waiting_for_data():
+                self.control.begin_step()
+                with self.meter.doing("data_wait"):
                     batches = self.data.take()
                 result = self.step(number, batches)
                 self.meter.add(result)
                 self.steps_done = number + 1
                 self.reports.tick(self.steps_done)
                 self.hooks.tell(StepEnded(self.steps_done, result))
+                orders = self.control.end_step()
+                if orders.abort:
+                    outcome = Outcome.ABORTED
+                    break
                 if self.is_due(self.log_every) or self.steps_done == 1:
                     self.log()
-                if self.is_due(self.eval_every):
+                # A run that was told to stop may have seconds left; what it has to lose is not an evaluation.
+                if self.is_due(self.eval_every) and (not orders.stop or self.steps_done == self.steps):
                     self.evaluate()
-                stopping = self.hooks.want_stop()
-                if stopping or self.is_due(self.save_every):
+                stopping = self.hooks.want_stop() or orders.stop
+                if stopping or orders.save or self.is_due(self.save_every):
                     self.save()
                 if stopping and self.steps_done < self.steps:
                     outcome = Outcome.STOPPED
@@ -117,7 +129,8 @@ class Trainer:
     def log(self) -> None:
         """Report the steps since the last log. The one place where numbers leave the device."""
         self.step.settle()
-        metrics = self.meter.flush(self.steps_done) | {"epoch": self.data.epoch} | self.hooks.metrics()
+        metrics = self.meter.flush(self.steps_done) | {"epoch": self.data.epoch} | self.step.update.metrics()
+        metrics |= self.hooks.metrics()
         self.reports.write(self.steps_done, metrics)
 
     def evaluate(self) -> None:

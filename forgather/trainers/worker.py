@@ -7,7 +7,7 @@ from forgather.checkpoint.resume import changes
 from forgather.config.project import Project
 from forgather.distributed.collectives import require_equal
 from forgather.distributed.environment import Environment
-from forgather.errors import EXIT_OK, EXIT_RESUMABLE, ConfigError
+from forgather.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_RESUMABLE, ConfigError
 from forgather.trainers.events import Outcome
 from forgather.trainers.trainer import Trainer
 
@@ -55,7 +55,7 @@ def run_worker(project: Project, *, fresh: bool = False, dry_run: bool = False, 
             if environment.is_main:
                 print(f"dry run: the next batch has loss {loss:.4f}; nothing was trained")
             return EXIT_OK
-        return EXIT_RESUMABLE if trainer.run() is Outcome.STOPPED else EXIT_OK
+        return _end(trainer, trainer.run())
     finally:
         if dry_run:
             run.discard_unused()
@@ -63,6 +63,19 @@ def run_worker(project: Project, *, fresh: bool = False, dry_run: bool = False, 
         # Leaving the group waits for nobody, unless this rank fails alone: then the process ends with its error.
         if sys.exc_info()[0] is None:
             environment.close()
+
+
+def _end(trainer: Trainer, outcome: Outcome) -> int:
+    """Say how a run ended that did not make all its steps; the exit code."""
+    run = trainer.checkpoints.run
+    if outcome is Outcome.STOPPED:
+        run.say(f"stopped and saved after step {trainer.steps_done}; the same command goes on from there")
+        return EXIT_RESUMABLE
+    if outcome is Outcome.ABORTED:
+        kept = "step 0" if trainer.saved_at is None else f"the checkpoint of step {trainer.saved_at}"
+        run.say(f"aborted after step {trainer.steps_done}, not saved; the same command goes on from {kept}")
+        return EXIT_INTERRUPTED
+    return EXIT_OK
 
 
 def _build(project: Project, session: Any, fresh: bool) -> Trainer:
