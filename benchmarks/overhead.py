@@ -88,7 +88,7 @@ class Ours:
         self.trainer = Trainer(
             model=model,
             optimizer=optimizer,
-            step=LocalStep(model, loss, Update(optimizer, constant, mesh, max_grad_norm=MAX_NORM), mesh),
+            step=LocalStep(model, loss, Update(optimizer, constant(), mesh, max_grad_norm=MAX_NORM), mesh),
             data=data,
             mesh=mesh,
             meter=Meter(mesh.environment.device),

@@ -94,7 +94,7 @@ def make_trainer(
         partial(torch.optim.AdamW, lr=lr, weight_decay=0.1, fused=True),
         {"no_decay": {"match": "norm", "weight_decay": 0.0}},
     )
-    schedule = partial(warmup_cosine, steps=schedule_steps or steps, warmup=2)
+    schedule = warmup_cosine(length=schedule_steps or steps, warmup=2)
     run = RunFolder(folder / name, fresh)
     return Trainer(
         model=model,

@@ -63,7 +63,7 @@ def train_package(folder: Path, precision: Any) -> tuple[str, list[float]]:
     model = assemble(package(folder / "a_llama", tie_word_embeddings=True), mesh, precision=precision, seed=1)
     loss = CausalLoss(model, chunk_rows=16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    step = LocalStep(model, loss, Update(optimizer, constant, mesh), mesh)
+    step = LocalStep(model, loss, Update(optimizer, constant(), mesh), mesh)
     losses = []
     for number in range(3):
         total = step(number, microbatches(number, mesh.data_rank, mesh.data_ranks, 2)).loss_sum

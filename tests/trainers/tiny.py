@@ -98,7 +98,7 @@ def build_step(
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1, fused=True)
     loss = CausalLoss(model, chunk_rows=8)
-    update = Update(optimizer, constant, mesh, max_grad_norm=max_grad_norm)
+    update = Update(optimizer, constant(), mesh, max_grad_norm=max_grad_norm)
     return LocalStep(model, loss, update, mesh, seed=seed)
 
 
