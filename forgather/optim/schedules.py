@@ -82,8 +82,8 @@ class Schedule:
     @property
     def decay_start(self) -> int | None:
         """Where the decay begins or has begun; None while that is not known."""
-        starts = [start for start in (self._commanded, self.decay and self.decay.start) if start is not None]
-        return min(starts, default=None)
+        by_itself = None if self.decay is None else self.decay.start
+        return min((start for start in (self._commanded, by_itself) if start is not None), default=None)
 
     @property
     def end(self) -> int | None:
