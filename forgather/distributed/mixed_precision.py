@@ -11,10 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16"]
 
 # What the forward and backward compute in; None leaves parameters as they are.
-COMPUTE_DTYPE: dict[Precision, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
+COMPUTE_DTYPE: dict[Precision, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class ComputeCopies:

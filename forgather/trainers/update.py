@@ -3,7 +3,8 @@
 `LocalStep` and the pipelined step both end in it, so what a step of a given norm does is said once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,34 +12,66 @@ from torch.optim import Optimizer
 
 from forgather.data.batch import Batch
 from forgather.distributed.mesh import Mesh
+from forgather.distributed.mixed_precision import Precision
 from forgather.metrics.step_result import StepResult
 from forgather.optim.clip import GradientClip
 from forgather.optim.groups import describe_groups
-from forgather.optim.schedules import Schedule
-from forgather.trainers.finite import FiniteWatch
+from forgather.trainers.finite import Evidence, FiniteWatch, OnNonFinite
+from forgather.trainers.loss_scale import LossScale
+from forgather.trainers.reports import Reports
 
 
 class Update:
     """`update(step, batches, losses, num_targets)` applies the gradients that the parameters of `optimizer` hold.
 
     They are clipped to `max_grad_norm` (null: measured only) and applied with the learning rate of `schedule`; the
-    gradients are then gone. TrainingError, on all ranks, when loss or norm is not finite: nothing was changed then.
+    gradients are then gone. A step whose loss or norm is not finite changes nothing: it is left out, or stops all ranks
+    with a TrainingError (see `FiniteWatch`). What is left out does not advance the schedule.
+
+    With `precision` fp16 losses are scaled, by `loss_scale` at first, so that small gradients do not vanish.
     """
 
     def __init__(
-        self, optimizer: Optimizer, schedule: Schedule, mesh: Mesh, *, max_grad_norm: float | None = 1.0
+        self,
+        optimizer: Optimizer,
+        schedule: Callable[[int], float],
+        mesh: Mesh,
+        *,
+        max_grad_norm: float | None = 1.0,
+        precision: Precision = "fp32",
+        loss_scale: float = 65536.0,
+        on_non_finite: OnNonFinite = "stop",
+        max_skips: int = 3,
+        reports: Reports | None = None,
     ) -> None:
         self.optimizer = optimizer
         self.schedule = schedule
+        self.schedule_state: Any = schedule if hasattr(schedule, "state_dict") else None  # a function has none
         self.mesh = mesh
         self.device = mesh.environment.device
         # Taken now, before a checkpoint is loaded: on a resume the config's learning rate wins.
         self.peak_lrs = [float(group["lr"]) for group in optimizer.param_groups]
         self.lr = float(optimizer.defaults["lr"])
         schedule(0)  # one that has no room for its parts says so here, not when the run has begun
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self.clip = GradientClip(parameters, max_grad_norm)
-        self.watch = FiniteWatch(optimizer, self.device)
+        self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.clip = GradientClip(self.parameters, max_grad_norm)
+        self.scale = LossScale(self.device, loss_scale) if precision == "fp16" else None
+        self.watch = FiniteWatch(
+            optimizer,
+            self.device,
+            on_non_finite=on_non_finite,
+            max_skips=max_skips,
+            scale=self.scale,
+            say=None if reports is None else reports.note,
+        )
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """What to call `backward` of in place of `loss`."""
+        return loss if self.scale is None else self.scale.scaled(loss)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of one microbatch to those that the parameters hold."""
+        self.scaled(loss).backward()  # type: ignore[no-untyped-call]
 
     def __call__(
         self, step: int, batches: Sequence[Batch], losses: Sequence[Tensor], num_targets: Tensor
@@ -48,20 +81,50 @@ class Update:
         `batches` are the microbatches whose rows this rank was given, `losses` those of them that it has computed: 0-d,
         detached, divided by `num_targets`. Ranks that see the same rows as others give what they have; it counts once.
         """
-        factor = self.schedule(step)
         loss_sum = self._add_up(losses)
+        if self.scale is not None:
+            self.scale.unscale(parameter.grad for parameter in self.parameters if parameter.grad is not None)
         grad_norm, loss = self.clip.norm(riding=loss_sum)
-        self.watch.observe(step, loss, grad_norm)
-        self.clip.scale(grad_norm)
-        for group, peak in zip(self.optimizer.param_groups, self.peak_lrs, strict=True):
-            group["lr"] = peak * factor
-        self.optimizer.step()
+        is_sound = self.watch.observe(Evidence(step, batches, losses), loss, grad_norm)
+        factor = self.schedule(step - self.watch.skipped)  # of the steps before this one
+        if is_sound:
+            self.clip.scale(grad_norm)
+            for group, peak in zip(self.optimizer.param_groups, self.peak_lrs, strict=True):
+                group["lr"] = peak * factor
+            self.optimizer.step()
         self.optimizer.zero_grad()
-        return StepResult(loss_sum, num_targets, grad_norm, self.lr * factor, self._count_tokens(batches))
+        result = StepResult(loss_sum, num_targets, grad_norm, self.lr * factor, self._count_tokens(batches))
+        return self.watch.count(result)
 
     def settle(self) -> None:
         """Make sure that the last step was sound; called before its result is shown or kept."""
         self.watch.settle()
+
+    def metrics(self) -> dict[str, float]:
+        """What there is to tell at a log step: steps left out so far, and the loss scale, where these can be."""
+        metrics: dict[str, float] = {}
+        if self.watch.may_skip:
+            metrics["skipped_steps"] = self.watch.skipped
+        if self.scale is not None:
+            metrics["loss_scale"] = self.scale.factor.item()
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """What decides how the next step is applied, beside optimizer and step number."""
+        state: dict[str, Any] = {"skipped": self.watch.skipped, "skipped_in_a_row": self.watch.skipped_in_a_row}
+        if self.scale is not None:
+            state["loss_scale"] = self.scale.state_dict()
+        if self.schedule_state is not None:
+            state["schedule"] = self.schedule_state.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.watch.skipped = int(state["skipped"])
+        self.watch.skipped_in_a_row = int(state["skipped_in_a_row"])
+        if self.scale is not None and "loss_scale" in state:  # a run may have begun in another precision
+            self.scale.load_state_dict(state["loss_scale"])
+        if self.schedule_state is not None and "schedule" in state:
+            self.schedule_state.load_state_dict(state["schedule"])
 
     def describe(self) -> list[str]:
         """Lines for the person who starts the run: optimizer and groups."""
