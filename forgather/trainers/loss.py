@@ -5,7 +5,7 @@ The logits of a batch are the largest tensor of a step (rows x vocabulary). Wher
 rows together with its gradient. Shapes: B rows, L tokens, N = B L, D hidden size, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,13 +25,15 @@ class CausalLoss:
 
     The head computes the loss itself where an inspection of `model` finds that allowed; else logits are made.
     `chunk_rows` is how many rows of logits exist at a time; null asks for all. Making one is collective: the inspection
-    runs a forward.
+    runs a forward, unless it is `inspected`, a model on meta of the same making, that is to be looked at instead.
     """
 
-    def __init__(self, model: PreTrainedModel, chunk_rows: int | None = 512) -> None:
+    def __init__(
+        self, model: PreTrainedModel, chunk_rows: int | None = 512, *, inspected: PreTrainedModel | None = None
+    ) -> None:
         self.model = model
         self.chunk_rows = chunk_rows
-        self.reason_for_logits = "as asked" if chunk_rows is None else find_reason_for_logits(model)
+        self.reason_for_logits = "as asked" if chunk_rows is None else find_reason_for_logits(inspected or model)
 
     def describe(self) -> str:
         if self.reason_for_logits is None:
@@ -39,28 +41,37 @@ class CausalLoss:
         return f"cross-entropy of full logits ({self.reason_for_logits})"
 
     def __call__(self, batch: Batch) -> Tensor:
+        # position_ids restart at each document; the model keeps documents apart by them.
+        return self.of(
+            batch.targets,
+            lambda: self.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits,
+        )
+
+    def of(self, targets_BL: Tensor, forward: Callable[[], Tensor]) -> Tensor:
+        """The same for a `forward` of the model that the caller makes; it returns the model's logits."""
         if self.chunk_rows is None or self.reason_for_logits is not None:
-            return self._from_logits(batch)
-        return self._from_head(batch, self.chunk_rows)
+            logits_NV = forward().flatten(0, 1).float()
+            return F.cross_entropy(logits_NV, targets_BL.flatten(), ignore_index=NO_TARGET, reduction="sum")
+        return self._from_head(targets_BL.flatten(), forward, self.chunk_rows)
 
-    def _from_logits(self, batch: Batch) -> Tensor:
-        logits_NV = self._forward(batch).flatten(0, 1).float()
-        return F.cross_entropy(logits_NV, batch.targets.flatten(), ignore_index=NO_TARGET, reduction="sum")
+    def total(self, batches: Iterable[Batch]) -> Tensor:
+        """The sum over several batches; all ranks call it with equally many. For what is not trained on."""
+        device = next(self.model.parameters()).device
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for batch in batches:
+            total += self(batch.to(device))
+        reshard(self.model)
+        return total
 
-    def _from_head(self, batch: Batch, chunk_rows: int) -> Tensor:
+    def _from_head(self, targets_N: Tensor, forward: Callable[[], Tensor], chunk_rows: int) -> Tensor:
         head = self.model.get_output_embeddings()
-        targets_N = batch.targets.flatten()
 
         def compute_loss(hidden_BLD: Tensor) -> Tensor:
             return linear_cross_entropy(hidden_BLD.flatten(0, 1), head.weight, targets_N, chunk_rows)
 
         # Inside the model's forward, where FSDP has gathered the head's weight.
         with replaced_forward(head, compute_loss):
-            return self._forward(batch)
-
-    def _forward(self, batch: Batch) -> Tensor:
-        # position_ids restart at each document; the model keeps documents apart by them.
-        return self.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+            return forward()
 
 
 def find_reason_for_logits(model: PreTrainedModel) -> str | None:
@@ -83,8 +94,10 @@ def find_reason_for_logits(model: PreTrainedModel) -> str | None:
     returned: list[Tensor] = []
     hook = head.register_forward_hook(lambda _module, _args, output: returned.append(output))
     token = torch.zeros((1, 2), dtype=torch.int64, device=next(model.parameters()).device)
+    # A mask of all pairs is taken as it is; to make one of tokens, transformers would have to see values.
+    mask = torch.ones((1, 1, 2, 2), dtype=torch.bool, device="meta") if token.is_meta else None
     with torch.no_grad():
-        logits = model(input_ids=token, use_cache=False).logits
+        logits = model(input_ids=token, attention_mask=mask, use_cache=False).logits
     hook.remove()
     reshard(model)
     if len(returned) != 1 or logits is not returned[0]:
