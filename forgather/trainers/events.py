@@ -4,6 +4,7 @@ A hook is any object that has some of these; it inherits nothing:
 
     on_start(event: Started)           the run begins or goes on
     on_step_end(event: StepEnded)      a step was made
+    on_logged(event: Logged)           the metrics of the steps since the last log were reported
     on_evaluated(event: Evaluated)     the validation data were evaluated
     on_saved(event: Saved)             a checkpoint is whole and on the disk
     on_finish(event: Finished)         the last step of this process was made and saved
@@ -55,6 +56,14 @@ class StepEnded:
 
 
 @dataclass(frozen=True)
+class Logged:
+    """A row of training metrics was reported; they are the same on every rank, if the hooks' are."""
+
+    step: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Evaluated:
     step: int
     metrics: Mapping[str, float]
@@ -72,11 +81,12 @@ class Finished:
     outcome: Outcome
 
 
-Event = Started | StepEnded | Evaluated | Saved | Finished
+Event = Started | StepEnded | Logged | Evaluated | Saved | Finished
 
 _METHODS: dict[type[Event], str] = {
     Started: "on_start",
     StepEnded: "on_step_end",
+    Logged: "on_logged",
     Evaluated: "on_evaluated",
     Saved: "on_saved",
     Finished: "on_finish",

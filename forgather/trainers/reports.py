@@ -21,7 +21,8 @@ class Reports:
 
     def __init__(self, console: Console, sinks: Mapping[str, Sink | None]) -> None:
         self.console = console
-        self.sinks: list[Sink] = [console, *(sink for sink in sinks.values() if sink is not None)]
+        self.records = [sink for sink in sinks.values() if sink is not None]
+        self.sinks: list[Sink] = [console, *self.records]
 
     def start(self, step: int) -> None:
         """Open the records of a run that has made `step` steps."""
@@ -31,6 +32,11 @@ class Reports:
     def write(self, step: int, metrics: Mapping[str, float | str], kind: str = "train") -> None:
         """Record metrics of a kind: train, evaluation, sample."""
         for sink in self.sinks:
+            sink.write(step, metrics, kind)
+
+    def record(self, step: int, metrics: Mapping[str, float | str], kind: str) -> None:
+        """Put metrics into the records without showing them."""
+        for sink in self.records:
             sink.write(step, metrics, kind)
 
     def tick(self, step: int) -> None:

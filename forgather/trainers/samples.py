@@ -55,7 +55,7 @@ class SampleText:
     def write(self, step: int) -> None:
         """Sample now, and report the texts under the kind `sample`. All ranks call it."""
         self._last = step
-        with self.meter.paused():
+        with self.meter.doing("sampling"):
             for number, prompt in enumerate(self.prompts):
                 text = generate(
                     self.model,

@@ -18,7 +18,7 @@ from forgather.metrics.meter import Meter
 from forgather.metrics.step_result import StepResult
 from forgather.trainers.control import Control
 from forgather.trainers.evaluation import Evaluation
-from forgather.trainers.events import Evaluated, Finished, Hooks, Outcome, Saved, Started, StepEnded
+from forgather.trainers.events import Evaluated, Finished, Hooks, Logged, Outcome, Saved, Started, StepEnded
 from forgather.trainers.reports import Reports
 from forgather.trainers.update import Update
 
@@ -79,7 +79,8 @@ class Trainer:
         self.log_every = log_every
         self.eval_every = eval_every
         self.save_every = save_every
-        self.state = TrainState(model, optimizer, {"data": data, "update": step.update, **self.hooks.with_state()})
+        extras = {"data": data, "update": step.update, "goodput": meter.ledger, **self.hooks.with_state()}
+        self.state = TrainState(model, optimizer, extras)
         self.steps_done = 0
         self.saved_at: int | None = None  # the step of the newest checkpoint
         for name, path in (carried or {}).items():
@@ -95,7 +96,8 @@ class Trainer:
                 self.control.begin_step()
                 with self.meter.doing("data_wait"):
                     batches = self.data.take()
-                result = self.step(number, batches)
+                with self.meter.watching():
+                    result = self.step(number, batches)
                 self.meter.add(result)
                 self.steps_done = number + 1
                 self.reports.tick(self.steps_done)
@@ -116,6 +118,7 @@ class Trainer:
                     outcome = Outcome.STOPPED
                     break
             self.hooks.tell(Finished(self.steps_done, outcome))
+            self.close_ledger()
         return outcome
 
     def resume(self) -> Checkpoint | None:
@@ -132,12 +135,13 @@ class Trainer:
         metrics = self.meter.flush(self.steps_done) | {"epoch": self.data.epoch} | self.step.update.metrics()
         metrics |= self.hooks.metrics()
         self.reports.write(self.steps_done, metrics)
+        self.hooks.tell(Logged(self.steps_done, metrics))
 
     def evaluate(self) -> None:
         if self.evaluation is None:
             return
         self.step.settle()
-        with self.meter.paused():
+        with self.meter.doing("evaluation"):
             metrics = self.evaluation()
             self.reports.write(self.steps_done, metrics, kind="evaluation")
             self.hooks.tell(Evaluated(self.steps_done, metrics))
@@ -147,11 +151,18 @@ class Trainer:
         if self.saved_at == self.steps_done:
             return
         self.step.settle()
-        with self.meter.paused():
+        with self.meter.doing("checkpoint"):
             path = self.checkpoints.save(self.state, self.steps_done)
             self.saved_at = self.steps_done
             self.reports.note(f"saved {path}")
             self.hooks.tell(Saved(self.steps_done, path))
+
+    def close_ledger(self) -> None:
+        """Say where the time of the run went; what comes until it is continued is no loss."""
+        ledger = self.meter.ledger
+        ledger.write(is_orderly_end=True)
+        self.reports.record(self.steps_done, ledger.summary(), kind="goodput")
+        self.reports.note(ledger.describe())
 
     def rehearse(self) -> float:
         """The loss of the next step's batch, which is not trained on and not consumed; for a dry run."""

@@ -55,6 +55,7 @@ def run_worker(project: Project, *, fresh: bool = False, dry_run: bool = False, 
             if environment.is_main:
                 print(f"dry run: the next batch has loss {loss:.4f}; nothing was trained")
             return EXIT_OK
+        trainer.meter.ledger.count_from_birth()  # imports and set-up are start-up
         return _end(trainer, trainer.run())
     finally:
         if dry_run:

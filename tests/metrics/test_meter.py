@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from forgather.metrics import meter as meter_module
-from forgather.metrics.clock import PausableClock
+from forgather.metrics.clock import ActivityClock
 from forgather.metrics.meter import Meter
 from forgather.metrics.step_result import StepResult
 from tests.ranks import RankPool
@@ -36,6 +36,7 @@ class FakeTime:
 
 def test_loss_is_the_mean_over_the_target_tokens_of_the_window():
     meter = Meter(CPU)
+    meter.start()
     meter.add(step(4.0, 30))
     meter.add(step(2.0, 10, grad_norm=3.5, lr=0.25))
     metrics = meter.flush(2)
@@ -47,6 +48,7 @@ def test_loss_is_the_mean_over_the_target_tokens_of_the_window():
 
 def test_a_window_begins_anew_after_a_flush():
     meter = Meter(CPU)
+    meter.start()
     meter.add(step(4.0, 30))
     meter.flush(1)
     meter.add(step(1.0, 5))
@@ -55,12 +57,14 @@ def test_a_window_begins_anew_after_a_flush():
 
 def test_counts_may_be_plain_numbers():
     meter = Meter(CPU)
+    meter.start()
     meter.add(StepResult(torch.tensor(2.0), 7, torch.tensor(1.0), 0.1, 7))
     assert meter.flush(1)["loss"] == 2.0
 
 
 def test_a_loss_that_is_no_number_is_reported_as_it_is():
     meter = Meter(CPU)
+    meter.start()
     meter.add(step(float("nan"), 30))
     assert math.isnan(meter.flush(1)["loss"])
     meter.add(step(float("inf"), 30))
@@ -72,13 +76,13 @@ def test_tokens_a_second_leave_out_pauses_and_what_came_before_the_start(monkeyp
     meter = Meter(CPU)
     clock.pass_s(50)  # compiling, loading
     meter.start()
-    with meter.waiting_for_data():
+    with meter.doing("data_wait"):
         clock.pass_s(1)
     clock.pass_s(3)
     meter.add(step(1.0, 10, tokens=100))
-    with meter.paused():
+    with meter.doing("evaluation"):
         clock.pass_s(20)
-        with meter.paused():  # a sample within an evaluation counts once
+        with meter.doing("sampling"):  # a sample within an evaluation counts once
             clock.pass_s(5)
     clock.pass_s(4)
     meter.add(step(1.0, 10, tokens=300))
@@ -90,23 +94,25 @@ def test_tokens_a_second_leave_out_pauses_and_what_came_before_the_start(monkeyp
 
 def test_a_pause_ends_with_an_error_too(monkeypatch):
     clock = FakeTime(monkeypatch)
-    running = PausableClock(CPU)
+    running = ActivityClock(CPU)
+    running.turn_to("training")
 
     def fail() -> None:
-        with running.paused():
+        with running.doing("evaluation"):
             clock.pass_s(5)
             raise ValueError("evaluation")
 
     with pytest.raises(ValueError, match="evaluation"):
         fail()
     clock.pass_s(2)
-    assert running.elapsed_s() == 2
+    assert running.seconds()["training"] == 2
 
 
 def test_mfu_is_the_share_of_the_peak(monkeypatch):
     clock = FakeTime(monkeypatch)
     monkeypatch.setattr(meter_module, "peak_flops", lambda device: 1e6)
     meter = Meter(CPU, flops_per_token=2_000)
+    meter.start()
     clock.pass_s(2)
     meter.add(step(1.0, 10, tokens=500))
     assert meter.flush(1)["mfu"] == pytest.approx(2_000 * 250 / 1e6)
@@ -114,19 +120,21 @@ def test_mfu_is_the_share_of_the_peak(monkeypatch):
 
 def test_peak_memory_is_that_of_this_process():
     meter = Meter(CPU)
+    meter.start()
     meter.add(step(1.0, 1))
     assert 50e6 < meter.flush(1)["peak_memory_bytes"] < 50e9
 
 
 def test_a_step_without_a_log_costs_under_a_fifth_of_a_millisecond():
     meter = Meter(CPU)
+    meter.start()
     result = step(1.0, 10)
     for _ in range(100):
         meter.add(result)
     costs = []
     for _ in range(500):
         start = time.perf_counter()
-        with meter.waiting_for_data():
+        with meter.doing("data_wait"):
             pass
         meter.add(result)
         costs.append(time.perf_counter() - start)
@@ -153,10 +161,11 @@ def flush_on_a_rank() -> tuple[dict[str, float], int]:
     try:
         rank = dist.get_rank()
         meter = Meter(CPU)
+        meter.start()
         # Each rank holds its share of the sums; the number of targets is that of the whole batch.
         meter.add(step(3.0 if rank == 0 else 1.0, 30, tokens=100))
         meter.add(step(0.5 if rank == 0 else 1.5, 10, tokens=50 + rank))
-        with meter.waiting_for_data():
+        with meter.doing("data_wait"):
             time.sleep(0.05 * rank)
         return meter.flush(2), calls
     finally:
