@@ -1,7 +1,9 @@
-"""How many CUDA devices this process may use, found without importing torch, which takes longer than most commands."""
+"""What this process may compute on, found without importing torch, which takes longer than most commands."""
 
 import ctypes
+import os
 import re
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,6 +21,11 @@ def count_cuda_devices() -> int:
     if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
         return 0
     return count.value
+
+
+def count_cores() -> int:
+    """The cores that this process may use, where the system can say: in a container they are fewer than there are."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _torch_has_cuda() -> bool:

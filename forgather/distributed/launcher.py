@@ -20,6 +20,7 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from forgather.distributed.devices import count_cores
 from forgather.distributed.failure import FOLDER_VARIABLE, Failure, first_failure, read_failures
 from forgather.errors import EXIT_BROKEN_PIPE, EXIT_INTERNAL, EXIT_OK, EXIT_RESUMABLE, DistributedError, ForgatherError
 
@@ -40,7 +41,7 @@ def launch(module: str, arguments: Sequence[str], processes: int, extra: Sequenc
     # Otherwise a restart may meet the dead ranks' addresses in the agent's store, and hang (pytorch#135712).
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     # torchrun would say 1 whatever the machine; this shares it out.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _num_cores() // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, count_cores() // processes)))
     _log_to(folder / "torchrun.log")
     try:
         torchrun.run(settings)  # type: ignore[no-untyped-call]
@@ -52,11 +53,6 @@ def launch(module: str, arguments: Sequence[str], processes: int, extra: Sequenc
         return 128 + stopped.sigval
     shutil.rmtree(folder)
     return EXIT_OK
-
-
-def _num_cores() -> int:
-    # Those that this process may use, where the system can say: in a container they are fewer than there are.
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _command(module: str, processes: int, extra: Sequence[str]) -> list[str]:
