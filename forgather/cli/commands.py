@@ -5,6 +5,7 @@ A command is a module of `forgather.cli`, imported when it is chosen. It has
     SUMMARY = "..."                                  # the line of this table again, for its own --help
     NEEDS_CONFIG = True                              # takes the config's declared flags, and key.path=value words
     TARGETS = ("main",)                              # optional: targets that the config must have to be of its kind
+    PLAIN = 2                                        # optional: so many positionals come first, and may hold an "="
     REST = "torchrun arguments"                      # optional: what words after `--` are; without it there are none
     def configure(parser: CommandParser) -> None     # its flags, positionals and verbs
     def run(options: Options) -> int                 # the exit code
@@ -27,6 +28,7 @@ COMMANDS = {
     "model": ("forgather.cli.model", "Construct or test a model"),
     "dataset": ("forgather.cli.dataset", "Prepare or inspect a dataset"),
     "train": ("forgather.cli.train", "Train a model, or continue the run that is there"),
+    "parity": ("forgather.cli.parity", "Run two meshes of one config beside each other, and say where they differ"),
     "import": ("forgather.cli.import_", "Make a model package of a Hugging Face model"),
     "export": ("forgather.cli.export", "Write a Hugging Face folder from a run, a checkpoint or a package"),
     "vocab": ("forgather.cli.vocab", "Add tokens to a model and its tokenizer"),

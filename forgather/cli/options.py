@@ -61,7 +61,8 @@ def read_options(name: str, tokens: Sequence[str], *, argv: Sequence[str]) -> Op
     module = load(name)
     command = CommandParser(prog=f"forgather {name}", description=module.SUMMARY)
     module.configure(command)
-    line = _split(tokens, command, None, words=module.NEEDS_CONFIG)
+    num_plain = getattr(module, "PLAIN", 0)
+    line = _split(tokens, command, None, words=module.NEEDS_CONFIG, num_plain=num_plain)
     wants_help = line.has("--help")
     declared: Declared | None = None
     trouble: ForgatherError | None = None
@@ -73,7 +74,7 @@ def read_options(name: str, tokens: Sequence[str], *, argv: Sequence[str]) -> Op
                 raise
             trouble = error
         else:
-            line = _split(tokens, command, declared, words=True)
+            line = _split(tokens, command, declared, words=True, num_plain=num_plain)
     verb = _take_verb(command, line, declared, required=not wants_help)
     if wants_help:
         print(_final_parser(command, verb, declared, module, trouble).format_help(), end="")
@@ -92,7 +93,9 @@ def read_options(name: str, tokens: Sequence[str], *, argv: Sequence[str]) -> Op
     return options
 
 
-def _split(tokens: Sequence[str], command: CommandParser, declared: Declared | None, *, words: bool) -> Line:
+def _split(
+    tokens: Sequence[str], command: CommandParser, declared: Declared | None, *, words: bool, num_plain: int
+) -> Line:
     parsers = [*command.verbs.values(), command, *([declared.parser] if declared else [])]
     flags = {**{text: value for parser in parsers for text, value in parser.flags().items()}, **_COMMON}
     aliases = dict(_SHORT)
@@ -100,7 +103,7 @@ def _split(tokens: Sequence[str], command: CommandParser, declared: Declared | N
         for text, action in parser._option_string_actions.items():
             if not text.startswith("--"):
                 aliases[text] = next(long for long in action.option_strings if long.startswith("--"))
-    return split(tokens, flags, aliases, words=words)
+    return split(tokens, flags, aliases, words=words, num_plain=num_plain)
 
 
 def _declared(line: Line, module: ModuleType) -> Declared:

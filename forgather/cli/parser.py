@@ -78,11 +78,13 @@ class Line:
         return [name if value is None else f"{name}={value}" for name, value in self.flags] + self.positionals
 
 
-def split(tokens: Sequence[str], flags: dict[str, bool], aliases: dict[str, str], *, words: bool) -> Line:
+def split(
+    tokens: Sequence[str], flags: dict[str, bool], aliases: dict[str, str], *, words: bool, num_plain: int = 0
+) -> Line:
     """Sort `tokens`; `flags` says which flags take a value, `aliases` gives the long form of short ones.
 
-    With `words`, words with a "=" are overrides and no positionals. A flag that is not known is put in `unknown`, and
-    whatever follows it is read as if it took no value.
+    With `words`, words with a "=" are overrides and no positionals, but for the first `num_plain` of all. A flag that
+    is not known is put in `unknown`, and whatever follows it is read as if it took no value.
     """
     line = Line()
     left = list(tokens)
@@ -92,7 +94,8 @@ def split(tokens: Sequence[str], flags: dict[str, bool], aliases: dict[str, str]
             line.rest = left
             break
         if not token.startswith("-") or token == "-":
-            (line.words if words and "=" in token else line.positionals).append(token)
+            is_word = words and "=" in token and len(line.positionals) >= num_plain
+            (line.words if is_word else line.positionals).append(token)
             continue
         if flags.get(token) is False:  # as a whole: `--x=null` is a flag of its own beside a nullable switch
             line.flags.append((aliases.get(token, token), None))

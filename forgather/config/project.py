@@ -72,6 +72,10 @@ class Project:
             (*self._words, *words),
         )
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # To another process a config travels as what it was read from, and is read there.
+        return Project, (self.dir, self.config_name, self._args, self._set, self._words)
+
     @property
     def name(self) -> str:
         return self._namespace.project.name
