@@ -1,10 +1,19 @@
 """FLOPs of a token, against sums done by hand, and the table of peaks."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from forgather.metrics.flops import count_flops, count_matmul_weights, peak_flops, peak_flops_by_name
+from forgather.metrics.flops import (
+    count_flops,
+    count_flops_of,
+    count_matmul_weights,
+    peak_flops,
+    peak_flops_by_name,
+)
 
 
 def llama(**changes) -> LlamaForCausalLM:
@@ -45,6 +54,53 @@ def test_gpt2_small_counts_no_positions_and_its_tied_head():
     assert count_matmul_weights(model) == 12 * block + 50257 * 768 == 123_532_032
 
 
+@pytest.mark.training_case(44)
+def test_six_operations_a_weight():
+    # A million weights and no attention to speak of, a thousand tokens: 6e9 operations.
+    class Linear(nn.Module):
+        config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(**shape))
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.empty(1000, 1000, device="meta"))
+
+        def get_output_embeddings(self) -> None:
+            return None
+
+    shape = {"num_attention_heads": 1, "hidden_size": 1, "num_hidden_layers": 0}
+    assert count_flops(Linear(), length=1000).per_token * 1000 == 6 * 10**9
+
+
+def test_of_a_mixture_the_experts_count_that_a_token_is_sent_to():
+    with torch.device("meta"):
+        model = MixtralForCausalLM(
+            MixtralConfig(
+                vocab_size=1000,
+                hidden_size=64,
+                intermediate_size=160,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                num_local_experts=8,
+                num_experts_per_tok=2,
+            )
+        )
+    attention = 2 * 64 * 64 + 2 * 64 * 32
+    assert count_matmul_weights(model) == 3 * (attention + 8 * 64 + 2 * 3 * 64 * 160) + HEAD
+    assert count_flops(model, 1).parameters == 3 * (attention + 8 * 64 + 8 * 3 * 64 * 160 + 2 * 64) + 2 * HEAD + 64
+
+
+def test_a_source_is_counted_whole_without_being_held():
+    class Source:
+        def construct(self, device: str = "meta") -> nn.Module:
+            assert device == "meta"
+            return llama(tie_word_embeddings=True)
+
+    flops = count_flops_of(Source(), length=128)
+    assert flops == count_flops(llama(tie_word_embeddings=True), length=128)
+    assert flops.parameters == 3 * (LAYER + 2 * 64) + HEAD + 64
+
+
 @pytest.mark.parametrize(
     ("name", "tera"),
     [
@@ -63,6 +119,12 @@ def test_gpt2_small_counts_no_positions_and_its_tied_head():
         ("NVIDIA GeForce RTX 3090", 71),
         ("NVIDIA GeForce GTX 1080", None),
         ("NVIDIA A1000", None),
+        ("NVIDIA A800-SXM4-80GB", 312),
+        ("NVIDIA RTX 6000 Ada Generation", 364.25),
+        ("NVIDIA GeForce RTX 4080 SUPER", 104.4),
+        ("NVIDIA GeForce RTX 4080", 97.5),
+        ("NVIDIA GeForce RTX 3090 Ti", 80),
+        ("AMD Instinct MI300X", 1307.4),
     ],
 )
 def test_peaks_by_device_name(name, tera):
