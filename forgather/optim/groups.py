@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from forgather.errors import ConfigError
+from forgather.models.names import plain_name
 
 REST = "rest"  # parameters that no rule claims: they get the optimizer's own values
 
@@ -28,7 +29,7 @@ def split(model: nn.Module, rules: Mapping[str, Mapping[str, Any] | None]) -> li
     A rule is `{match: REGEX, OPTION: VALUE, ...}`; None drops one. A rule that claims nothing is an error, since it is
     most likely misspelt, unless it says `optional: true`.
     """
-    remaining = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    remaining = {plain_name(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     groups = []
     for rule_name, rule in rules.items():
         if rule is None:
@@ -55,10 +56,10 @@ def build_optimizer(
     optimizer: Callable[[list[dict[str, Any]]], Optimizer],
     groups: Mapping[str, Mapping[str, Any] | None],
 ) -> Optimizer:
-    """`optimizer` over the parameters of `model`, split by the rules in `groups` (see `split`)."""
+    """`optimizer` over the named parameters of `model`, split by the rules in `groups` (see `split`)."""
     return optimizer(
         [
-            {"name": group.name, "params": list(group.parameters.values()), **group.options}
+            {"name": group.name, "params": list(group.parameters.items()), **group.options}
             for group in split(model, groups)
         ]
     )
