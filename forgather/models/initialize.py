@@ -30,16 +30,19 @@ Fill = Callable[[torch.Tensor, torch.Generator], None]
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, rules: InitRules, seed: int) -> None:
+def initialize(model: nn.Module, rules: InitRules, seed: int, *, whole: nn.Module | None = None) -> None:
     """Give every parameter its first value by `rules`, and make buffers and ties whole again.
 
     `model` may come straight from `to_empty`, sharded or not; a tied parameter is drawn once, by the name it has first
-    in the model. Any transformers model will do. Raises ModelError for a parameter without a rule, a rule for no
-    parameter, a parameter still on the meta device, and a buffer that nothing computes.
+    in the model. It may be a part of `whole`, a model on meta, which the rules are for. Any transformers model will do.
+    Raises ModelError for a parameter without a rule, a rule for no parameter, a parameter still on the meta device, and
+    a buffer that nothing computes.
     """
     make_whole(model)
     owners = dict(_parameters(model))
-    for name, initializer in choose(model, rules).items():
+    for name, initializer in choose(model if whole is None else whole, rules).items():
+        if name not in owners:
+            continue  # another part's
         module, attribute = owners[name]
         if initializer.fill is None:
             _draw_by_module(module, attribute, f"{seed}\0{name}")
