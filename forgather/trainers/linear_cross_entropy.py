@@ -3,13 +3,17 @@
 Gradients are made in the forward, chunk by chunk, as `torch.nn.functional.linear_cross_entropy` does. That operation is
 not used: in bf16 it adds the losses up in bf16 (off by 0.2 to 0.6 %), and each of its calls costs half a millisecond
 of preparation, which a step of a small model feels. At 1k to 1M logits a chunk this is as fast or faster.
-Shapes: N rows, C rows of a chunk, D hidden size, V vocabulary, S vocabulary entries of a slice.
+Where ranks share the head among them, each has the logits of its part of the vocabulary, and they tell one another
+three numbers a row: the highest logit, the sum of exponentials, and the target's logit.
+Shapes: N rows, C rows of a chunk, D hidden size, V vocabulary (this rank's part), S vocabulary entries of a slice.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from forgather.data.batch import NO_TARGET
@@ -19,10 +23,24 @@ from forgather.data.batch import NO_TARGET
 SLICE = 8192
 
 
-def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk_rows: int) -> Tensor:
-    """The sum of cross-entropy over the targets that are not -100: 0-d, fp32, within 1e-5 of a softmax in fp32."""
+@dataclass(frozen=True)
+class VocabularyPart:
+    """Which rows of the head a rank has: those from `first` on, the others are with the other ranks of `group`."""
+
+    first: int
+    group: dist.ProcessGroup
+
+
+def linear_cross_entropy(
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk_rows: int, part: VocabularyPart | None = None
+) -> Tensor:
+    """The sum of cross-entropy over the targets that are not -100: 0-d, fp32, within 1e-5 of a softmax in fp32.
+
+    With `part`, all ranks of its group call it with the same rows; the loss is that of the whole vocabulary, and the
+    gradient of the hidden states is this rank's part of it, still to be summed over the group.
+    """
     with_gradient = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)
-    loss: Tensor = _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, chunk_rows, with_gradient)  # type: ignore[no-untyped-call]
+    loss: Tensor = _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, chunk_rows, part, with_gradient)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -31,24 +49,35 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk_rows: int, with_gradient: bool
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        targets_N: Tensor,
+        chunk_rows: int,
+        part: VocabularyPart | None,
+        with_gradient: bool,
     ) -> Tensor:
-        loss, gradients = _in_chunks(hidden_ND, weight_VD, targets_N, chunk_rows, with_gradient)
+        loss, gradients = _in_chunks(hidden_ND, weight_VD, targets_N, chunk_rows, part, with_gradient)
         if gradients is not None:
             hidden_grad_ND, weight_grad_VD = gradients
             ctx.save_for_backward(hidden_grad_ND, weight_grad_VD.to(weight_VD.dtype))
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         (grad,) = grad_outputs
         hidden_grad_ND, weight_grad_VD = ctx.saved_tensors
         # The scale is a 0-d fp32 tensor, so the products keep the type of the gradients.
-        return hidden_grad_ND * grad, weight_grad_VD * grad, None, None, None
+        return hidden_grad_ND * grad, weight_grad_VD * grad, None, None, None, None
 
 
 def _in_chunks(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk_rows: int, with_gradient: bool
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    chunk_rows: int,
+    part: VocabularyPart | None,
+    with_gradient: bool,
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """The loss, and the gradients of the hidden states and of the weight; the latter is fp32."""
     num_rows, vocabulary = len(hidden_ND), len(weight_VD)
@@ -60,7 +89,7 @@ def _in_chunks(
     buffer = torch.empty((min(chunk_rows, num_rows), vocabulary), device=hidden_ND.device)
     for start in range(0, num_rows, chunk_rows):
         rows = slice(start, min(start + chunk_rows, num_rows))
-        chunk = _Chunk(hidden_ND[rows], weight_VD, targets_N[rows], buffer[: rows.stop - rows.start])
+        chunk = _Chunk(hidden_ND[rows], weight_VD, targets_N[rows], buffer[: rows.stop - rows.start], part)
         loss += chunk.loss()
         if gradients is not None:
             hidden_grad_ND, weight_grad_VD = gradients
@@ -76,11 +105,19 @@ class _Chunk:
     2018, "Online normalizer calculation for softmax", arXiv:1805.02867.
     """
 
-    def __init__(self, hidden_CD: Tensor, weight_VD: Tensor, targets_C: Tensor, buffer_CV: Tensor) -> None:
+    def __init__(
+        self,
+        hidden_CD: Tensor,
+        weight_VD: Tensor,
+        targets_C: Tensor,
+        buffer_CV: Tensor,
+        part: VocabularyPart | None,
+    ) -> None:
         self.hidden_CD = hidden_CD
         self.weight_VD = weight_VD
-        self.targets_C1 = targets_C.unsqueeze(1)
-        self.counted_C1 = self.targets_C1 != NO_TARGET
+        self.part = part
+        self.counted_C1 = targets_C.unsqueeze(1) != NO_TARGET
+        self.targets_C1 = targets_C.unsqueeze(1) - (0 if part is None else part.first)  # by rows of this weight
         self.buffer_CV = buffer_CV
         # On a GPU an operation costs its launch, so there is one slice.
         vocabulary = len(weight_VD)
@@ -102,8 +139,20 @@ class _Chunk:
             self.sum_C1 += logits_CS.sub_(max_C1).exp_().sum(1, keepdim=True)
             self.max_C1 = max_C1
             self.max_by_slice.append(max_C1)
+        if self.part is not None:
+            target_logits_C1 = self._join_parts(target_logits_C1, self.part.group)
         losses_C1 = self.sum_C1.log().add_(self.max_C1).sub_(target_logits_C1)
         return losses_C1.masked_fill_(~self.counted_C1, 0.0).sum()
+
+    def _join_parts(self, target_logits_C1: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """Make the highest logits and the sums those of the whole vocabulary; returns such logits of the targets."""
+        own_3C = torch.stack([self.max_C1, self.sum_C1, target_logits_C1]).squeeze(2)
+        parts_R3C = own_3C.new_empty(group.size(), *own_3C.shape)
+        dist.all_gather_single(parts_R3C.flatten(0, 1), own_3C, group=group)
+        max_RC, sum_RC, target_logits_RC = parts_R3C.unbind(1)
+        self.max_C1 = max_RC.amax(0).unsqueeze(1)
+        self.sum_C1 = (sum_RC * (max_RC - self.max_C1.T).exp_()).sum(0).unsqueeze(1)
+        return target_logits_RC.sum(0).unsqueeze(1)
 
     def gradients(self, weight_grad_VD: Tensor) -> Tensor:
         """The gradient of the hidden states, [C, D] fp32; the weight's is added to `weight_grad`, which is fp32."""

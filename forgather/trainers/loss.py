@@ -12,12 +12,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from forgather.data.batch import NO_TARGET, Batch
+from forgather.distributed.exchange import enter
 from forgather.distributed.fsdp import reshard
+from forgather.distributed.tensor_layers import SplitByOutput, part_of
 from forgather.errors import ModelError
-from forgather.trainers.linear_cross_entropy import linear_cross_entropy
+from forgather.tensor_boxes import local_box
+from forgather.trainers.linear_cross_entropy import VocabularyPart, linear_cross_entropy
 
 
 class CausalLoss:
@@ -67,7 +71,13 @@ class CausalLoss:
         head = self.model.get_output_embeddings()
 
         def compute_loss(hidden_BLD: Tensor) -> Tensor:
-            return linear_cross_entropy(hidden_BLD.flatten(0, 1), head.weight, targets_N, chunk_rows)
+            weight, part = head.weight, None
+            if isinstance(head, SplitByOutput):
+                (first, _), _ = local_box(weight)
+                part = VocabularyPart(first, head._part.group)
+                hidden_BLD = enter(hidden_BLD, part.group)
+            weight_VD = weight.to_local() if isinstance(weight, DTensor) else weight
+            return linear_cross_entropy(hidden_BLD.flatten(0, 1), weight_VD, targets_N, chunk_rows, part)
 
         # Inside the model's forward, where FSDP has gathered the head's weight.
         with replaced_forward(head, compute_loss):
@@ -85,7 +95,8 @@ def find_reason_for_logits(model: PreTrainedModel) -> str | None:
         raise ModelError(
             f"{type(model).__name__} has no output embeddings", fix="train a causal language model (one with a head)"
         )
-    if type(head).forward is not nn.Linear.forward:
+    split = part_of(head)
+    if (type(head) if split is None else split.plain_class).forward is not nn.Linear.forward:
         return f"the head is a {type(head).__name__}"
     if head.bias is not None:
         return "the head has a bias"
