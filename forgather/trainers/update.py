@@ -54,7 +54,7 @@ class Update:
         self.lr = float(optimizer.defaults["lr"])
         schedule(0)  # one that has no room for its parts says so here, not when the run has begun
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self.clip = GradientClip(self.parameters, max_grad_norm)
+        self.clip = GradientClip(self.parameters, max_grad_norm, mesh)
         self.scale = LossScale(self.device, loss_scale) if precision == "fp16" else None
         self.watch = FiniteWatch(
             optimizer,
