@@ -90,11 +90,11 @@ def _run(arguments: Sequence[str]) -> int:
 def _run_as_rank(arguments: Sequence[str]) -> int:
     """One of several processes that torchrun started: they give one message between them, not one each."""
     from forgather.cli.terminal import print_error
-    from forgather.distributed.failure import OneMessage, check_rank_variables
+    from forgather.distributed.failure import OneMessage, check_rank_variables, exit_code_for_agent
 
     check_rank_variables()
     with OneMessage(print_error):
-        return _run(arguments)
+        return exit_code_for_agent(_run(arguments))
 
 
 def _dispatch(arguments: Sequence[str]) -> int:

@@ -14,14 +14,23 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from forgather.errors import EXIT_BROKEN_PIPE, EXIT_INTERNAL, DistributedError, ForgatherError
+from forgather.distributed import rank_log
+from forgather.errors import (
+    EXIT_BROKEN_PIPE,
+    EXIT_INTERNAL,
+    EXIT_INTERRUPTED,
+    EXIT_RESUMABLE,
+    EXIT_USER,
+    DistributedError,
+    ForgatherError,
+)
 
 FOLDER_VARIABLE = "FORGATHER_FAILURES"  # set by the launcher for its ranks
 
@@ -40,6 +49,7 @@ class Failure:
     fix: str | None
     traceback: str | None
     exit_code: int
+    log: str | None = None  # the file that holds what this rank has printed
 
     @classmethod
     def of(cls, error: BaseException) -> Self:
@@ -57,7 +67,13 @@ class Failure:
             fix=user.fix if user else None,
             traceback=None if user else "".join(traceback.format_exception(error)),
             exit_code=user.exit_code if user else EXIT_INTERNAL,
+            log=str(log) if (log := rank_log.log_path()) else None,
         )
+
+    @property
+    def can_be_mended(self) -> bool:
+        """Whether it says what the user can do, so that the same start again would fail again."""
+        return self.traceback is None and self.fix is not None and self.exit_code == EXIT_USER
 
     def write(self, folder: Path) -> None:
         """Leave the record where the launcher looks; whole or not at all."""
@@ -69,7 +85,7 @@ class Failure:
 
     def error(self) -> ForgatherError:
         """The failure as the error that the whole run ends with."""
-        error = ForgatherError(f"rank {self.rank} of {self.world_size}: {self.message}", fix=self.fix)
+        error = ForgatherError(f"rank {self.rank} of {self.world_size} on {self.host}: {self.message}", fix=self.fix)
         error.exit_code = self.exit_code
         return error
 
@@ -81,30 +97,6 @@ def read_failures(folder: Path) -> list[Failure]:
         attempt = int(path.name.split("-")[1])
         attempts.setdefault(attempt, []).append(Failure(**json.loads(path.read_text())))
     return sorted(attempts[max(attempts)], key=lambda failure: failure.time) if attempts else []
-
-
-def first_failure(records: list[Failure], killed: Mapping[int, int], world_size: int) -> Failure | None:
-    """The failure that the others follow from; `killed` maps ranks that a signal ended to its number.
-
-    A rank that is killed leaves no record, and its peers' lost connections do. So it comes before internal errors, but
-    not before an error that says what the user can do.
-    """
-    silent = {rank: number for rank, number in killed.items() if all(record.rank != rank for record in records)}
-    if silent and not any(record.traceback is None for record in records):
-        rank = min(silent)
-        name = signal.Signals(silent[rank]).name
-        fix = "if nobody killed it, memory ran out: `dmesg` says so; use fewer rows per forward or fewer data workers"
-        return Failure(
-            rank=rank,
-            world_size=world_size,
-            host=socket.gethostname(),
-            time=time.time(),
-            message=f"killed by {name}",
-            fix=fix if name == "SIGKILL" else None,
-            traceback=None,
-            exit_code=EXIT_INTERNAL,
-        )
-    return records[0] if records else None
 
 
 def check_rank_variables() -> None:
@@ -133,9 +125,10 @@ class OneMessage:
         if folder is not None:
             failure.write(Path(folder))
         elif failure.exit_code != EXIT_BROKEN_PIPE and _is_first():
-            if failure.traceback is not None:
-                print(failure.traceback, file=sys.stderr)
-            self.print_error(failure.error())
+            with rank_log.on_terminal():
+                if failure.traceback is not None:
+                    print(failure.traceback, file=sys.stderr)
+                self.print_error(failure.error())
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):  # that it cannot be written may be the failure
                 stream.flush()
@@ -157,6 +150,33 @@ def _is_first() -> bool:
         return store.add(f"forgather/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1) == 1
     except DistError:  # the agent has gone
         return True
+
+
+def clear_failures(folder: Path) -> None:
+    """Forget what the ranks of an earlier start have left."""
+    for pattern in ("attempt-*", "left-*"):
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
+def exit_code_for_agent(code: int) -> int:
+    """What a rank ends with that leaves with `code`, so that what started it does not start it again.
+
+    To torchrun any code but 0 is a failure. A rank that was told to stop has not failed: it leaves its code with our
+    launcher, which ends with it. Under plain torchrun it ends with 0 where a failure would be started again.
+    """
+    if code not in (EXIT_RESUMABLE, EXIT_INTERRUPTED):
+        return code
+    folder = os.environ.get(FOLDER_VARIABLE)
+    if folder is not None:
+        (Path(folder) / f"left-{code}").touch()
+        return 0
+    return 0 if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0 else code
+
+
+def code_left(folder: Path) -> int | None:
+    """The code that ranks have left with our launcher; None when they left none."""
+    return next((code for code in (EXIT_INTERRUPTED, EXIT_RESUMABLE) if (folder / f"left-{code}").exists()), None)
 
 
 def die_with_parent() -> None:

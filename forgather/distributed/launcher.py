@@ -1,7 +1,7 @@
 """Starts the ranks of a run on this host with torchrun, and ends with one message when they fail.
 
-torchrun's agent runs in this process, so a signal to the launcher is a signal to the agent, which ends the ranks. Its
-own report goes to a log: what a person needs is the error of the rank that failed first (`distributed.failure`).
+torchrun's agent runs in this process (`distributed.agent`), so a signal to the launcher is a signal to the agent, which
+hands it on. Its own report goes to a log: what a person needs is the error of the rank that failed first.
 """
 
 import contextlib
@@ -12,47 +12,186 @@ import shutil
 import signal
 import sys
 import tempfile
+import uuid
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch.distributed import run as torchrun
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError, RendezvousParameters
+from torch.distributed.elastic.rendezvous import registry as rendezvous
+from torch.distributed.elastic.rendezvous.utils import _parse_rendezvous_config, parse_rendezvous_endpoint
 
+from forgather.distributed.agent import Agent
 from forgather.distributed.devices import count_cores
-from forgather.distributed.failure import FOLDER_VARIABLE, Failure, first_failure, read_failures
-from forgather.errors import EXIT_BROKEN_PIPE, EXIT_INTERNAL, EXIT_OK, EXIT_RESUMABLE, DistributedError, ForgatherError
+from forgather.distributed.failure import FOLDER_VARIABLE, Failure, clear_failures, code_left, read_failures
+from forgather.distributed.timeouts import check_timeouts
+from forgather.distributed.verdict import first_failure, first_of_hosts
+from forgather.errors import (
+    EXIT_BROKEN_PIPE,
+    EXIT_INTERNAL,
+    EXIT_OK,
+    EXIT_RESUMABLE,
+    DistributedError,
+    ForgatherError,
+)
 
 # With any of these the ranks meet as the user says, not on a free port of this host.
 _RENDEZVOUS = ("--nnodes", "--rdzv", "--master", "--node-rank", "--node_rank", "--standalone")
 
+# Of a meeting of several hosts, unless `--rdzv-conf` says otherwise. A host that is lost is noticed after 6 s
+# (torchrun: 15), and a smaller world waits 5 s for more hosts (torchrun: 30).
+_MEETING = {"keep_alive_interval": 2, "keep_alive_max_attempt": 3, "last_call_timeout": 5, "join_timeout": 600}
+_EXIT_BARRIER_S = 60.0  # for ranks of other hosts, which end the same step
 
-def launch(module: str, arguments: Sequence[str], processes: int, extra: Sequence[str] = ()) -> int:
+
+def launch(
+    module: str, arguments: Sequence[str], processes: int, extra: Sequence[str] = (), *, timeout_s: float = 0.0
+) -> int:
     """Run `python -m module arguments` on `processes` ranks of this host; return the exit code of the run.
 
-    `extra` are further arguments of torchrun. Raises the error of the first rank that failed.
+    `extra` are further arguments of torchrun; `timeout_s` is how long a collective of the ranks may take. Raises the
+    error of the first rank that failed, and DistributedError for timeouts that cannot work together.
     """
     settings = _parse(_command(module, processes, extra))
     # Not parsed with the rest: argparse looks for torchrun's flags among the program's own, `--nproc` for one.
     settings.training_script_args = list(arguments)
+    meeting = _meeting(settings, timeout_s)
     folder = Path(tempfile.mkdtemp(prefix="forgather-"))
     os.environ[FOLDER_VARIABLE] = str(folder)
     # Otherwise a restart may meet the dead ranks' addresses in the agent's store, and hang (pytorch#135712).
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     # torchrun would say 1 whatever the machine; this shares it out.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, count_cores() // processes)))
+    # The agent takes over the signals that stop a run; to torchrun it leaves the one that asks for a core dump.
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
     _log_to(folder / "torchrun.log")
+    watch = _Watch(folder)
+    agent = watch.make_agent(settings, meeting)
     try:
-        torchrun.run(settings)  # type: ignore[no-untyped-call]
-    except ChildFailedError as failed:
-        (folder / "report.txt").write_text(str(failed))
-        return _end(folder, failed, processes)
-    except SignalException as stopped:
-        shutil.rmtree(folder)
-        return 128 + stopped.sigval
+        code = _run(agent, watch)
+    except ForgatherError as error:
+        if error.exit_code != EXIT_INTERNAL:  # what the message of a defect leads to stays
+            shutil.rmtree(folder)
+        raise
     shutil.rmtree(folder)
-    return EXIT_OK
+    return code
+
+
+def _run(agent: Agent, watch: "_Watch") -> int:
+    """Let the agent run its ranks to their end; the exit code of the run. Raises the first failure."""
+    agent.handle_signals()
+    closes = True
+    try:
+        result = agent.run()
+    except SignalException as stopped:
+        closes = False  # other hosts may go on without this one
+        return 128 + stopped.sigval
+    except RendezvousClosedError:
+        raise DistributedError("the other hosts have ended this run", fix="start it again on all; it goes on") from None
+    except RendezvousError as error:
+        lost = DistributedError(
+            f"the hosts of this run cannot meet: {error}",
+            fix="see that all reach the host of --rdzv-endpoint and that it runs, and start this again; it goes on",
+        )
+        lost.exit_code = EXIT_RESUMABLE
+        raise lost from None
+    finally:
+        if closes:
+            with contextlib.suppress(RendezvousError):
+                agent.meeting.shutdown()
+    if not result.is_failed():
+        return code_left(watch.folder) or EXIT_OK
+    if agent.stopped_by is not None and not read_failures(watch.folder):
+        return code_left(watch.folder) or 128 + agent.stopped_by  # it came before there was anything to save
+    return watch.end(result)
+
+
+class _Watch:
+    """What the launcher of a host knows of its ranks; `folder` takes what they leave."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.failure: Failure | None = None
+
+    def make_agent(self, settings: Namespace, meeting: dict[str, int]) -> Agent:
+        """The agent as `torchrun` with these settings would make it."""
+        config, entrypoint, arguments = torchrun.config_from_args(settings)
+        parameters = RendezvousParameters(
+            backend=config.rdzv_backend,
+            endpoint=config.rdzv_endpoint,
+            run_id=config.run_id,
+            min_nodes=config.min_nodes,
+            max_nodes=config.max_nodes,
+            local_addr=config.local_addr,
+            **{**config.rdzv_configs, **meeting},
+        )
+        is_static = config.rdzv_backend == "static"
+        address, port = parse_rendezvous_endpoint(config.rdzv_endpoint, 29500) if is_static else (None, None)
+        spec = WorkerSpec(
+            role=config.role,
+            local_world_size=config.nproc_per_node,
+            entrypoint=entrypoint,
+            args=tuple(arguments),
+            rdzv_handler=rendezvous.get_rendezvous_handler(parameters),
+            max_restarts=config.max_restarts,
+            monitor_interval=config.monitor_interval,
+            master_addr=address,
+            master_port=port,
+            local_addr=config.local_addr,
+            numa_options=config.numa_options,
+            virtual_local_rank=config.virtual_local_rank,
+        )
+        return Agent(
+            spec=spec,
+            logs_specs=config.logs_specs,
+            start_method=config.start_method,
+            exit_barrier_timeout=_EXIT_BARRIER_S,
+            shutdown_timeout=config.shutdown_timeout,
+            on_start=lambda: clear_failures(self.folder),
+            on_failure=self.judge,
+            has_left=lambda: code_left(self.folder) is not None,
+        )
+
+    def judge(self, agent: Agent, result: RunResult) -> bool:
+        """Find the first failure; whether it is worth another start, which is then said."""
+        killed = {
+            rank: -end.exitcode
+            for rank, end in result.failures.items()
+            if end.exitcode < 0 and end.local_rank not in agent.ended
+        }
+        group: Any = agent.get_worker_group()  # torchrun gives its fields no types
+        found = first_failure(read_failures(self.folder), killed, group.workers[0].world_size)
+        if group.group_world_size > 1:
+            found = first_of_hosts(found, group.store, group.group_rank, group.group_world_size, agent.starts)
+        self.failure = found
+        if agent.restarts_left == 0:
+            return False
+        if found is None:
+            what = "ranks ended and said nothing"
+        elif found.can_be_mended:
+            return False
+        else:
+            what = found.error().message
+        left = agent.restarts_left - 1
+        print(f"{what}; starting again ({left} restart{'s' if left != 1 else ''} left)", file=sys.stderr, flush=True)
+        return True
+
+    def end(self, result: RunResult) -> int:
+        """Raise the first failure, or return the exit code of a rank that left without an error."""
+        if self.failure is None:
+            rank, first = min(result.failures.items(), key=lambda item: item[1].timestamp)
+            if first.exitcode == EXIT_RESUMABLE:
+                return EXIT_RESUMABLE
+            raise _left(rank, first.exitcode)
+        if self.failure.exit_code == EXIT_INTERNAL:
+            raise _internal(self.failure, self.folder)
+        if self.failure.exit_code == EXIT_BROKEN_PIPE:
+            return EXIT_BROKEN_PIPE
+        raise self.failure.error()
 
 
 def _command(module: str, processes: int, extra: Sequence[str]) -> list[str]:
@@ -64,12 +203,34 @@ def _parse(command: list[str]) -> Namespace:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return torchrun.get_args_parser().parse_args(command)
+            settings = torchrun.get_args_parser().parse_args(command)
     except SystemExit as stopped:
         if stopped.code == EXIT_OK:  # `-- --help`
             raise
         reason = said.getvalue().strip().rpartition("error: ")[2]
         raise DistributedError(f"torchrun: {reason}", fix="see `torchrun --help` for what may follow `--`") from None
+    return settings
+
+
+def _meeting(settings: Namespace, timeout_s: float) -> dict[str, int]:
+    """Complete `settings` as torchrun does: where the hosts meet; how long they wait for one another.
+
+    Raises DistributedError when the waiting times cannot work together.
+    """
+    _, most = torchrun.parse_min_max_nnodes(settings.nnodes)
+    has_place = settings.rdzv_endpoint or settings.master_port is not None
+    if settings.standalone or (settings.rdzv_backend == "static" and most == 1 and not has_place):
+        settings.rdzv_backend, settings.rdzv_endpoint = "c10d", "localhost:0"
+        settings.rdzv_id = str(uuid.uuid4())
+        settings.local_addr = settings.local_addr or "127.0.0.1"
+    settings.master_port = settings.master_port or 29500
+    if settings.rdzv_backend != "c10d":
+        return {}
+    asked = _parse_rendezvous_config(settings.rdzv_conf)
+    meeting = {name: int(asked.get(name, default)) for name, default in _MEETING.items()}
+    if most > 1:
+        check_timeouts(meeting, timeout_s)
+    return meeting
 
 
 def _log_to(path: Path) -> None:
@@ -81,29 +242,6 @@ def _log_to(path: Path) -> None:
         logger.propagate = True
     top.handlers = [logging.FileHandler(path)]
     top.propagate = False
-
-
-def _end(folder: Path, failed: ChildFailedError, world_size: int) -> int:
-    """Raise the first failure, or return the exit code of a rank that left without an error."""
-    first_rank, first = failed.get_first_failure()
-    # What the agent itself killed, because it did not stop in time, comes much later than the first failure.
-    early = {rank: end for rank, end in failed.failures.items() if end.timestamp <= first.timestamp + 1}
-    killed = {
-        rank: -end.exitcode for rank, end in early.items() if end.exitcode < 0 and end.exitcode != -signal.SIGTERM
-    }
-    records = read_failures(folder)
-    failure = first_failure(records, killed, world_size)
-    if failure is None:
-        shutil.rmtree(folder)
-        if first.exitcode == EXIT_RESUMABLE:
-            return EXIT_RESUMABLE
-        raise _left(first_rank, first.exitcode)
-    if failure.exit_code == EXIT_INTERNAL:
-        raise _internal(failure, folder)
-    shutil.rmtree(folder)
-    if failure.exit_code == EXIT_BROKEN_PIPE:
-        return EXIT_BROKEN_PIPE
-    raise failure.error()
 
 
 def _left(rank: int, exit_code: int) -> ForgatherError:
@@ -118,5 +256,7 @@ def _internal(failure: Failure, folder: Path) -> ForgatherError:
         print(failure.traceback, file=sys.stderr)
     error = failure.error()
     where = f"the other ranks' errors and torchrun's log are in {folder}"
+    if failure.log is not None:
+        where += f", what each rank has said in {Path(failure.log).parent}"
     error.fix = f"{error.fix}; {where}" if error.fix else where
     return error

@@ -1,12 +1,15 @@
 """One rank of a run, from its project to its exit code."""
 
+import os
 import sys
+import traceback
 from typing import Any
 
 from forgather.checkpoint.resume import changes
 from forgather.config.project import Project
 from forgather.distributed.collectives import require_equal
 from forgather.distributed.environment import Environment
+from forgather.distributed.rank_log import RankLog, append
 from forgather.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_RESUMABLE, ConfigError
 from forgather.trainers.events import Outcome
 from forgather.trainers.trainer import Trainer
@@ -26,8 +29,22 @@ def run_worker(project: Project, *, fresh: bool = False, dry_run: bool = False, 
         _require_target(project, "package", "--refresh-model", "package: !ref model_project.package")
         # Whoever comes first rebuilds it, under the package's lock; the others find it equal.
         session.build("package").write(refresh=True)
+    log = RankLog(environment.rank)
+    try:
+        return _work(project, session, environment, log, fresh=fresh, dry_run=dry_run)
+    except Exception as error:
+        append("".join(traceback.format_exception(error)))
+        raise
+    finally:
+        if sys.exc_info()[0] is None or "RANK" not in os.environ:
+            log.close()  # else it takes the error with which the process ends
+
+
+def _work(project: Project, session: Any, environment: Environment, log: RankLog, *, fresh: bool, dry_run: bool) -> int:
     trainer = _build(project, session, fresh)
     run = trainer.checkpoints.run
+    if not dry_run:
+        log.open(run.logs)
     try:
         # A corpus is each machine's own, and two machines may well differ.
         require_equal(

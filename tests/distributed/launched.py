@@ -4,10 +4,11 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from forgather.cli.terminal import print_error
-from forgather.distributed.failure import OneMessage, die_with_parent
+from forgather.distributed.failure import OneMessage, die_with_parent, exit_code_for_agent
 from forgather.errors import DataError
 
 
@@ -17,10 +18,10 @@ def main(what: str, folder: str, *rest: str) -> None:
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     with OneMessage(print_error):
-        _body(what, rank, Path(folder))
+        sys.exit(exit_code_for_agent(_body(what, rank, Path(folder)) or 0))
 
 
-def _body(what: str, rank: int, folder: Path) -> None:
+def _body(what: str, rank: int, folder: Path) -> int | None:
     print(f"rank {rank} begins", flush=True)
     if what == "succeed":
         (folder / f"rank-{rank}").write_text(os.environ["OMP_NUM_THREADS"])
@@ -57,10 +58,41 @@ def _body(what: str, rank: int, folder: Path) -> None:
     elif what == "wait":
         (folder / f"rank-{rank}").write_text(str(os.getpid()))
         time.sleep(60)
+    elif what == "save when told":
+        told = []
+        signal.signal(signal.SIGTERM, lambda *_: told.append(1))
+        (folder / f"rank-{rank}").write_text(str(os.getpid()))
+        _wait_until(lambda: told)
+        time.sleep(0.5)
+        (folder / f"saved-{rank}").touch()
+        return 75
+    elif what == "never stop":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        (folder / f"rank-{rank}").write_text(str(os.getpid()))
+        time.sleep(60)
+    elif what == "lost once":
+        attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+        if attempt == 0 and rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if attempt == 0:
+            raise RuntimeError("Connection closed by peer")
+        (folder / f"done-{rank}-attempt-{attempt}").touch()
+    elif what == "one stuck":
+        if rank == 1:
+            _wait_until((folder / "rank-0").exists)
+            raise RuntimeError("boom")
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGUSR1])
+        (folder / f"rank-{rank}").write_text(str(os.getpid()))
+        time.sleep(60)
+    return None
 
 
 def _wait_for(path: Path) -> None:
-    while not path.exists():
+    _wait_until(path.exists)
+
+
+def _wait_until(is_true: Callable[[], object]) -> None:
+    while not is_true():
         time.sleep(0.005)
 
 

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import re
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+HOST = socket.gethostname()
 _FORKSERVER = multiprocessing.get_context("forkserver")
 _FORKSERVER.set_forkserver_preload(["forgather.distributed.launcher"])  # torch is imported once, not once a test
 
@@ -96,7 +98,9 @@ def test_a_user_error_is_two_lines_and_exit_code_2(what, tmp_path):
     launched = Launched(what, tmp_path)
     assert launched.end() == 2
     rank = "1" if what == "rank 1 fails" else "[01]"
-    assert re.fullmatch(f"error: rank {rank} of 2: the corpus is empty\n  fix: give it a file\n", launched.err)
+    assert re.fullmatch(
+        f"error: rank {rank} of 2 on {re.escape(HOST)}: the corpus is empty\n  fix: give it a file\n", launched.err
+    )
     assert launched.left() == []
 
 
@@ -107,16 +111,16 @@ def test_a_defect_shows_the_first_traceback_last_and_keeps_the_rest(tmp_path):
     (folder,) = launched.left()
     assert launched.err.endswith(
         "ValueError: boom\n\n"
-        "error: rank 1 of 2: ValueError: boom\n"
+        f"error: rank 1 of 2 on {HOST}: ValueError: boom\n"
         f"  fix: the other ranks' errors and torchrun's log are in {folder}\n"
     )
-    assert "exitcode" in (folder / "report.txt").read_text()
+    assert "exitcode" in (folder / "torchrun.log").read_text()
 
 
 def test_a_killed_rank_is_named_not_the_peer_that_lost_it(tmp_path):
     launched = Launched("killed", tmp_path)
     assert launched.end() == 1
-    assert launched.err.startswith("error: rank 1 of 2: killed by SIGKILL\n")
+    assert launched.err.startswith(f"error: rank 1 of 2 on {HOST}: killed by SIGKILL\n")
 
 
 def test_a_rank_that_can_be_resumed_says_so_by_its_exit_code(tmp_path):
@@ -134,7 +138,9 @@ def test_a_reader_that_leaves_is_not_an_error(tmp_path):
 def test_output_that_cannot_be_written_hides_no_error(tmp_path):
     launched = Launched("full disk", tmp_path)
     assert launched.end() == 2
-    assert re.fullmatch("error: rank [01] of 2: the corpus is empty\n  fix: give it a file\n", launched.err)
+    assert re.fullmatch(
+        f"error: rank [01] of 2 on {re.escape(HOST)}: the corpus is empty\n  fix: give it a file\n", launched.err
+    )
 
 
 def test_a_wrong_argument_of_torchrun_is_a_user_error(tmp_path):
@@ -151,7 +157,53 @@ def test_a_signal_to_the_launcher_ends_the_ranks(number, tmp_path):
     os.kill(launched.process.pid, number)
     assert launched.end() == 128 + number
     _wait_until_dead(pids)
-    assert launched.err == ""
+    assert launched.err.startswith(f"\n{signal.Signals(number).name}: ")
+    assert launched.left() == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ranks_that_can_save_are_waited_for_and_not_started_again(number, tmp_path):
+    launched = Launched("save when told", tmp_path, extra=["--max-restarts", "2"])
+    launched.rank_pids(2)
+    os.kill(launched.process.pid, number)
+    os.kill(launched.process.pid, signal.SIGTERM)  # a job system tells the ranks, too: they get it twice
+    assert launched.end() == 75
+    assert sorted(path.name for path in tmp_path.glob("saved-*")) == ["saved-0", "saved-1"]
+    assert launched.left() == []
+
+
+def test_the_second_interrupt_ends_the_ranks_at_once(tmp_path):
+    launched = Launched("never stop", tmp_path)
+    pids = launched.rank_pids(2)
+    os.kill(launched.process.pid, signal.SIGINT)
+    time.sleep(0.3)
+    assert all(map(_alive, pids))
+    os.kill(launched.process.pid, signal.SIGINT)
+    assert launched.end() == 130
+    _wait_until_dead(pids)
+
+
+def test_a_lost_rank_is_started_again_with_the_others(tmp_path):
+    launched = Launched("lost once", tmp_path, extra=["--max-restarts", "2"])
+    assert launched.end() == 0
+    assert launched.err == f"rank 1 of 2 on {HOST}: killed by SIGKILL; starting again (1 restart left)\n"
+    assert sorted(path.name for path in tmp_path.glob("done-*")) == ["done-0-attempt-1", "done-1-attempt-1"]
+
+
+def test_what_the_user_must_mend_is_not_tried_again(tmp_path):
+    launched = Launched("rank 1 fails", tmp_path, extra=["--max-restarts", "2"])
+    assert launched.end() == 2
+    assert launched.err.startswith(f"error: rank 1 of 2 on {HOST}: the corpus is empty\n")
+
+
+def test_a_peer_that_is_stuck_is_ended_soon_and_not_blamed(tmp_path):
+    launched = Launched("one stuck", tmp_path)
+    pids = launched.rank_pids(1)
+    begun = time.monotonic()
+    assert launched.end() == 1
+    assert time.monotonic() - begun < 15, "torchrun itself waits 30 s"
+    _wait_until_dead(pids)
+    assert f"error: rank 1 of 2 on {HOST}: RuntimeError: boom\n" in launched.err
 
 
 def test_ranks_die_with_a_launcher_that_is_killed(tmp_path):
