@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from forgather.data.batch import Batch
 from forgather.distributed.collectives import sum_ranks
-from forgather.distributed.fsdp import describe_spread, mark_microbatch, reshard
+from forgather.distributed.fsdp import describe_spread, mark_microbatch
 from forgather.distributed.mesh import Mesh
 from forgather.metrics.step_result import StepResult
 from forgather.trainers.loss import CausalLoss
@@ -36,8 +36,8 @@ class LocalStep:
 
     def __call__(self, step: int, batches: Sequence[Batch]) -> StepResult:
         """Make step number `step` (from 0) with this rank's microbatches; all ranks call it with equally many."""
-        reseed(_stream(self.seed, step, self.mesh.data_rank), self.device)
-        num_targets = self.count_targets(batches)  # before backward: it is the divisor
+        reseed(stream(self.seed, step, self.mesh.data_rank), self.device)
+        num_targets = count_targets(batches, self.mesh)  # before backward: it is the divisor
         losses = []
         for batch, is_last in mark_last(batches):
             mark_microbatch(self.model, is_last)  # reduce once a step, not once a microbatch
@@ -46,18 +46,11 @@ class LocalStep:
             losses.append(loss.detach())
         return self.update(step, batches, losses, num_targets)
 
-    def count_targets(self, batches: Sequence[Batch]) -> Tensor:
-        """Target tokens of the whole global batch; at least 1, so that a batch without any has loss 0."""
-        count = torch.full((), sum(batch.num_targets for batch in batches), dtype=torch.int64, device=self.device)
-        return sum_ranks(count, self.mesh.data_group).clamp_(min=1)
-
     def rehearse(self, batches: Sequence[Batch]) -> float:
         """The loss of a global batch, in nats a token, without learning from it; all ranks call it."""
-        num_targets = self.count_targets(batches)
         with torch.no_grad():
-            total = sum((self.loss(batch.to(self.device)) for batch in batches), torch.zeros((), device=self.device))
-        reshard(self.model)
-        return float(sum_ranks(total / num_targets, self.mesh.data_group))
+            total = self.loss.total(batches)
+        return float(sum_ranks(total, self.mesh.data_group) / count_targets(batches, self.mesh))
 
     def describe(self) -> list[str]:
         """Lines for the person who starts the run: what the parts of the step became."""
@@ -70,6 +63,13 @@ class LocalStep:
     def settle(self) -> None:
         """Make sure that the last step was sound; called before its result is shown or kept."""
         self.update.settle()
+
+
+def count_targets(batches: Sequence[Batch], mesh: Mesh) -> Tensor:
+    """Target tokens of the whole global batch; at least 1, so that a batch without any has loss 0."""
+    mine = sum(batch.num_targets for batch in batches)
+    count = torch.full((), mine, dtype=torch.int64, device=mesh.environment.device)
+    return sum_ranks(count, mesh.data_group).clamp_(min=1)
 
 
 def mark_last(batches: Sequence[Batch]) -> Iterator[tuple[Batch, bool]]:
@@ -87,6 +87,6 @@ def reseed(seed: int, device: torch.device) -> None:
         torch.get_device_module(device).manual_seed(seed)
 
 
-def _stream(seed: int, step: int, rank: int) -> int:
+def stream(seed: int, step: int, rank: int) -> int:
     """A seed for one rank's random draws of one step, unrelated to its neighbours'."""
     return int.from_bytes(hashlib.blake2b(f"step {seed} {step} {rank}".encode(), digest_size=7).digest(), "big")
