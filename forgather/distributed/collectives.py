@@ -44,6 +44,15 @@ def sum_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> t
     return tensor
 
 
+def max_ranks(number: int) -> int:
+    """The largest `number` that any rank passed."""
+    if world_size() == 1:
+        return number
+    box = torch.tensor(number)
+    dist.all_reduce(box, dist.ReduceOp.MAX)
+    return int(box)
+
+
 def broadcast_object(value: T, source: int = 0) -> T:
     """The value that rank `source` passed, on every rank."""
     if world_size() == 1:

@@ -97,7 +97,7 @@ def _weights_used(parameter: nn.Parameter, model: nn.Module) -> int:
     config: Any = _text_config(model)
     experts = next((getattr(config, name) for name in _NUM_EXPERTS if getattr(config, name, None)), None)
     if parameter.ndim == 3 and experts is not None and parameter.shape[0] == experts:
-        return parameter.numel() // experts * int(config.num_experts_per_tok)
+        return int(parameter.numel() // experts * config.num_experts_per_tok)
     return int(parameter.numel())
 
 

@@ -109,7 +109,7 @@ class Ledger:
         wall_s = sum(seconds.values())
         losses = sorted((s, name) for name, s in seconds.items() if name != "useful" and s >= 0.0005 * wall_s)
         lost = ", ".join(f"{name.replace('_', ' ')} {s / wall_s:.1%}" for s, name in reversed(losses))
-        return f"goodput {seconds['useful'] / wall_s:.1%} of {timedelta(seconds=round(wall_s))}: {lost or 'no loss'}"
+        return f"goodput {seconds['useful'] / wall_s:.1%} of {_spell(wall_s)}: {lost or 'no loss'}"
 
     def write(self, *, is_orderly_end: bool = False) -> None:
         """Put the account into the file, whole. `is_orderly_end`: what comes until the next process is no loss."""
@@ -166,6 +166,10 @@ class Ledger:
     def _move(self, source: str, target: str, seconds: float) -> None:
         self._moved[source] -= seconds
         self._moved[target] += seconds
+
+
+def _spell(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
 
 
 def _read(path: Path) -> dict[str, Any] | None:

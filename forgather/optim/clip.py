@@ -1,6 +1,6 @@
 """One norm over all gradients, wherever their shards are, and clipping by it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ class GradientClip:
         one that comes first along every axis that replicates it. The same gradients have the same norm to 1e-6,
         whatever their shards.
         """
-        square = _square([_local(p.grad) for p in self.counted if p.grad is not None], riding.device)
+        square = sum_of_squares([_local(p.grad) for p in self.counted if p.grad is not None], riding.device)
         if world_size() == 1:
             return square.sqrt().float(), riding
         both = sum_ranks(torch.stack([square, riding.to(square.dtype)]))
@@ -50,15 +50,15 @@ class GradientClip:
         torch._foreach_mul_(gradients, (self.max_norm / (norm + 1e-6)).clamp(max=1.0))
 
 
-def _square(gradients: list[Tensor], device: torch.device) -> Tensor:
-    """The sum of all squares, 0-d, fp64."""
-    if not gradients:
+def sum_of_squares(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """The sum of the squares of all elements of plain `tensors`, 0-d, fp64, without a copy to the host."""
+    if not tensors:
         return torch.zeros((), dtype=torch.float64, device=device)
-    long = [g for g in gradients if g.device.type == "cpu" and g.numel() > _SHORT]
-    short = [g for g in gradients if g.device.type != "cpu" or g.numel() <= _SHORT]
+    long = [t for t in tensors if t.device.type == "cpu" and t.numel() > _SHORT]
+    short = [t for t in tensors if t.device.type != "cpu" or t.numel() <= _SHORT]
     norms = [*torch._foreach_norm(short)] if short else []
-    for gradient in long:
-        flat = gradient.reshape(-1)
+    for tensor in long:
+        flat = tensor.reshape(-1)
         end = flat.numel() // _LINE * _LINE
         norms.append(torch.linalg.vector_norm(flat[:end].view(-1, _LINE), dim=1))
         norms.append(torch.linalg.vector_norm(flat[end:]))
