@@ -9,7 +9,8 @@ A hook is any object that has some of these; it inherits nothing:
     on_saved(event: Saved)             a checkpoint is whole and on the disk
     on_finish(event: Finished)         the last step of this process was made and saved
     metrics() -> {name: number}        asked at a log step; logged as `<hook>/<name>`
-    wants_stop() -> bool               asked after each step; the run stops when any rank's answer is true
+    wants_stop() -> bool               asked after each step; the run saves and ends when any rank's answer is true
+    wants_abort() -> bool              asked after each step; the run ends without a save when any rank's answer is true
     state_dict(), load_state_dict()    saved with the run, under the hook's name
     __enter__(), __exit__()            around the whole run, also one that fails
 
@@ -26,7 +27,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from forgather.distributed.collectives import agree
+from forgather.distributed.collectives import max_ranks
 from forgather.errors import ConfigError
 from forgather.metrics.step_result import StepResult
 
@@ -36,7 +37,7 @@ class Outcome(Enum):
 
     FINISHED = "finished"
     STOPPED = "stopped"  # a hook, a signal or a command asked for it; the same command continues the run
-    ABORTED = "aborted"  # a command asked for it; nothing was saved
+    ABORTED = "aborted"  # a hook or a command asked for it; nothing was saved
     NOTHING_TO_DO = "nothing to do"
 
 
@@ -93,6 +94,9 @@ _METHODS: dict[type[Event], str] = {
 }
 
 
+_WISHES = (None, Outcome.STOPPED, Outcome.ABORTED)  # the later one is in force
+
+
 class Hooks:
     """The hooks of a run by name; a name with None is a hook that a config has taken out."""
 
@@ -105,7 +109,12 @@ class Hooks:
             for kind, method in _METHODS.items()
         }
         self._metrics = {name: hook.metrics for name, hook in self.hooks.items() if hasattr(hook, "metrics")}
-        self._stoppers = [hook.wants_stop for hook in self.hooks.values() if hasattr(hook, "wants_stop")]
+        self._wishes = [
+            (getattr(hook, method), outcome)
+            for method, outcome in (("wants_abort", Outcome.ABORTED), ("wants_stop", Outcome.STOPPED))
+            for hook in self.hooks.values()
+            if hasattr(hook, method)
+        ]
         self._open = ExitStack()
 
     def tell(self, event: Event) -> None:
@@ -117,9 +126,16 @@ class Hooks:
         """What the hooks measure, each name behind its hook's."""
         return {f"{hook}/{name}": value for hook, ask in self._metrics.items() for name, value in ask().items()}
 
-    def want_stop(self) -> bool:
-        """Whether a hook on any rank wants the run to stop. Costs a collective only where a hook can want that."""
-        return bool(self._stoppers) and not agree(not any(ask() for ask in self._stoppers))
+    def wanted_end(self) -> Outcome | None:
+        """The end that a hook on any rank wants: an abort before a stop, the same on all ranks.
+
+        Costs a collective only where a hook can want an end.
+        """
+        if not self._wishes:
+            return None
+        mine = next((outcome for ask, outcome in self._wishes if ask()), None)
+        wish = max_ranks(_WISHES.index(mine))
+        return _WISHES[wish]
 
     def with_state(self) -> dict[str, Any]:
         """The hooks that are saved with the run."""

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from forgather.generation.sample import generate
 from forgather.metrics.meter import Meter
 from forgather.trainers.events import Finished, StepEnded
+from forgather.trainers.interval import Interval
 from forgather.trainers.reports import Reports
 
 
@@ -36,7 +37,7 @@ class SampleText:
         self.reports = reports
         self.meter = meter
         self.prompts = prompts
-        self.every = every
+        self.interval = Interval("every of the samples", every)
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.top_k = top_k
@@ -45,7 +46,7 @@ class SampleText:
         self._last: int | None = None
 
     def on_step_end(self, event: StepEnded) -> None:
-        if self.every is not None and event.step % self.every == 0:
+        if self.interval.is_due(event.step):
             self.write(event.step)
 
     def on_finish(self, event: Finished) -> None:
