@@ -119,7 +119,7 @@ class Pipeline:
         stages = " | ".join(part.describe() for part in self.parts)
         return (
             f"{plan.schedule.name}, {plan.num_stages} stages over {plan.num_ranks} ranks ({stages}), "
-            f"{plan.microbatches} microbatches of {plan.rows_per_forward} rows"
+            f"{plan.microbatches} microbatches of {plan.rows_per_microbatch} rows"
         )
 
 

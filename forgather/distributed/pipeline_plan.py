@@ -116,6 +116,7 @@ class PipelinePlan:
         self.rows = rows
         self.length = length
         self.rows_per_forward = rows_per_forward
+        self.rows_per_microbatch = rows_per_forward  # at most; of a pipeline, exactly
         self.cuts = cuts
         self.stages_per_rank = 1
         self.microbatches = 0  # of no pipeline: the loader's affair
@@ -123,7 +124,7 @@ class PipelinePlan:
             self.stages_per_rank = self._choose_stages(stages_per_rank)
             self._check_cuts()
             self.microbatches = self._choose_microbatches(microbatches)
-            self.rows_per_forward = rows // self.microbatches
+            self.rows_per_microbatch = rows // self.microbatches
 
     @property
     def num_stages(self) -> int:
