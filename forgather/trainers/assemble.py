@@ -1,12 +1,11 @@
 """The one visible order in which a model becomes trainable."""
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel
 
-from forgather.distributed.fsdp import apply_fsdp
+from forgather.distributed.fsdp import FSDP_DEFAULTS, FsdpOptions, apply_fsdp
 from forgather.distributed.mesh import Mesh
 from forgather.distributed.mixed_precision import COMPUTE_DTYPE, Precision
 from forgather.distributed.pipeline_plan import PipelinePlan
@@ -32,20 +31,19 @@ def assemble(
     precision: Precision = "fp32",
     seed: int = 0,
     sequence_parallel: bool = True,
-    fsdp: Mapping[str, Any] | None = None,
+    fsdp: FsdpOptions = FSDP_DEFAULTS,
 ) -> PreTrainedModel:
     """A model spread over `mesh`, initialised from `seed`, ready for an optimizer; its parameters are fp32.
 
     No rank ever holds the whole model, and any mesh gives the same values: each parameter is drawn by its name. A mesh
-    with a pipeline needs its plan. `sequence_parallel` is that of `apply_tensor_parallel`, `fsdp` are options of
-    `apply_fsdp`.
+    with a pipeline needs its plan. `sequence_parallel` is that of `apply_tensor_parallel`.
     """
 
     def make_trainable(model: PreTrainedModel, whole: PreTrainedModel | None = None) -> None:
         # All of this while there is nothing to move. Matrices are split before rows are, so that FSDP cuts what a rank
         # has of them.
         apply_tensor_parallel(model, mesh, sequence_parallel=sequence_parallel)
-        apply_fsdp(model, mesh, precision, **(fsdp or {}))
+        apply_fsdp(model, mesh, precision, fsdp)
         model.to_empty(device=mesh.environment.device)  # memory for this rank's shards only
         # draws shards, re-makes ties, recomputes buffers outside the state dict
         initialize(model, source.init_rules, seed, whole=whole)

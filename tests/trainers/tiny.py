@@ -92,7 +92,7 @@ def build_step(
     model = tiny_llama(tied, dropout)
     limit, fsdp.ONE_GROUP_BELOW = fsdp.ONE_GROUP_BELOW, (10**9 if one_group else 0)
     try:
-        fsdp.apply_fsdp(model, mesh, precision, reshard_after_forward=reshard_after_forward)
+        fsdp.apply_fsdp(model, mesh, precision, fsdp.FsdpOptions(reshard_after_forward=reshard_after_forward))
     finally:
         fsdp.ONE_GROUP_BELOW = limit
     model.train()

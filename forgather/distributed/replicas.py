@@ -1,0 +1,143 @@
+"""Plain replication: every rank has all parameters (of its stage, of its part of each matrix) and reads other rows.
+
+Gradients are summed over the replicas while the backward still runs. This is what DistributedDataParallel does, without
+a module around the model: names and classes stay as they are. Large gradients are summed where they lie; small ones
+travel in buckets.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+MIB = 1024 * 1024
+LARGE_MIB = 1.0  # from here on a gradient is worth a message of its own
+BUCKET_MIB = 8.0
+
+
+@dataclass
+class Bucket:
+    """Gradients that are summed by one collective: one large one, or neighbours that are small."""
+
+    parameters: list[nn.Parameter] = field(default_factory=list)
+    buffer: Tensor | None = None  # of small ones: all of them, flat
+    num_missing: int = 0
+    work: Any = None
+
+
+class Replicas:
+    """Sums the gradients of `model` over the ranks of `group`, in the last backward of a step.
+
+    `is_last` says whether the backward to come is that one; gradients of the others only add up here. A parameter that
+    this rank has not used counts as zero.
+    """
+
+    def __init__(self, model: nn.Module, group: dist.ProcessGroup) -> None:
+        self.model = model
+        self.group = group
+        self.is_last = True
+        self._buckets: list[Bucket] = []
+        self._bucket_of: dict[Tensor, Bucket] = {}
+        self._hooks: list[Any] = []
+        self._seen: set[Tensor] = set()
+        self._launched = 0
+        self._ending = False  # the engine has been asked to call us at the end of this backward
+        # Parameters may still be replaced until the first forward: materialising and tying do it.
+        model.register_forward_pre_hook(self._prepare)
+
+    def ready(self, parameter: Tensor) -> None:
+        """The gradient of `parameter` is complete on this rank: a hook on each, called by autograd."""
+        if not self.is_last:
+            return
+        if not self._ending:
+            self._ending = True
+            torch.autograd.Variable._execution_engine.queue_callback(self.finish)
+        if parameter in self._seen:
+            return
+        self._seen.add(parameter)
+        bucket = self._bucket_of[parameter]
+        bucket.num_missing -= 1
+        self._launch_complete()
+
+    def finish(self) -> None:
+        """Sum what is not summed yet, and wait for all: the end of the last backward. All ranks call it."""
+        with torch.no_grad():
+            for bucket in self._buckets[self._launched :]:
+                self._launch(bucket)
+        for bucket in self._buckets:
+            if bucket.work is not None:
+                bucket.work.wait()
+            bucket.work, bucket.num_missing = None, len(bucket.parameters)
+        self._seen.clear()
+        self._launched, self._ending = 0, False
+
+    def _launch_complete(self) -> None:
+        # In the order of the buckets, whatever the order in which they are complete: it must be the same on all ranks.
+        while self._launched < len(self._buckets) and self._buckets[self._launched].num_missing == 0:
+            self._launch(self._buckets[self._launched])
+            self._launched += 1
+
+    def _launch(self, bucket: Bucket) -> None:
+        gradients = [_gradient(parameter) for parameter in bucket.parameters]
+        if bucket.buffer is None:
+            if not gradients[0].is_contiguous():
+                gradients[0].data = gradients[0].contiguous()
+            bucket.work = dist.all_reduce(gradients[0], group=self.group, async_op=True)
+            return
+        pieces = torch.split(bucket.buffer, [gradient.numel() for gradient in gradients])
+        views = [piece.view(gradient.shape) for piece, gradient in zip(pieces, gradients, strict=True)]
+        torch._foreach_copy_(views, gradients)
+        bucket.work = dist.all_reduce(bucket.buffer, group=self.group, async_op=True)
+        for gradient, view in zip(gradients, views, strict=True):
+            gradient.data = view  # what the sum is written to
+
+    def _prepare(self, _model: nn.Module, _args: Any) -> None:
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        if torch.is_grad_enabled() and self._bucket_of.keys() != set(parameters):
+            for hook in self._hooks:
+                hook.remove()
+            self._buckets = list(_fill_buckets(reversed(parameters)))
+            self._bucket_of = {parameter: bucket for bucket in self._buckets for parameter in bucket.parameters}
+            self._hooks = [parameter.register_post_accumulate_grad_hook(self.ready) for parameter in parameters]  # type: ignore[no-untyped-call]
+
+
+def _fill_buckets(parameters: Iterable[nn.Parameter]) -> Iterator[Bucket]:
+    """Buckets of `parameters`, which come in the order in which their gradients do."""
+    small: list[nn.Parameter] = []
+    for parameter in parameters:
+        if _mib(parameter) >= LARGE_MIB:
+            yield Bucket([parameter], num_missing=1)
+            continue
+        if small and (_is_other(parameter, small[0]) or sum(map(_mib, small)) + _mib(parameter) > BUCKET_MIB):
+            yield _bucket(small)
+            small = []
+        small.append(parameter)
+    if small:
+        yield _bucket(small)
+
+
+def _bucket(parameters: list[nn.Parameter]) -> Bucket:
+    buffer = _local(parameters[0]).new_empty(sum(_local(parameter).numel() for parameter in parameters))
+    return Bucket(parameters, buffer, len(parameters))
+
+
+def _is_other(parameter: Tensor, first: Tensor) -> bool:
+    return (parameter.dtype, parameter.device) != (first.dtype, first.device)
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return _local(parameter.grad)
+
+
+def _mib(tensor: Tensor) -> float:
+    return _local(tensor).numel() * tensor.element_size() / MIB
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor  # without a step of autograd
