@@ -85,8 +85,10 @@ def _whole(x: Tensor, dim: int, size: int, group: Group) -> Tensor:
     if missing:  # collectives want equal sizes
         x = torch.cat([x, x.new_zeros(*x.shape[:dim], missing, *x.shape[dim + 1 :])], dim)
     pieces = x.new_empty(ranks, *x.shape)
-    dist.all_gather_single(pieces.flatten(0, 1), x.contiguous(), group=group)
-    return pieces.movedim(0, dim).flatten(dim, dim + 1).narrow(dim, 0, size)
+    dist.all_gather_single(pieces.view(-1), x.contiguous().view(-1), group=group)
+    # Not a view: FSDP hangs its hooks on what a block returns.
+    whole = torch.cat(pieces.unbind(0), dim)
+    return whole if longest * ranks == size else whole.narrow(dim, 0, size).contiguous()
 
 
 def _sum_own(x: Tensor, dim: int, group: Group) -> Tensor:
@@ -94,7 +96,7 @@ def _sum_own(x: Tensor, dim: int, group: Group) -> Tensor:
     shape = (*x.shape[:dim], ranks, x.shape[dim] // ranks, *x.shape[dim + 1 :])
     pieces = x.reshape(shape).movedim(dim, 0).contiguous()
     own = torch.empty_like(pieces[0])
-    dist.reduce_scatter_single(own, pieces.flatten(0, 1), group=group)
+    dist.reduce_scatter_single(own.view(-1), pieces.view(-1), group=group)
     return own
 
 

@@ -148,7 +148,7 @@ class _Chunk:
         """Make the highest logits and the sums those of the whole vocabulary; returns such logits of the targets."""
         own_3C = torch.stack([self.max_C1, self.sum_C1, target_logits_C1]).squeeze(2)
         parts_R3C = own_3C.new_empty(group.size(), *own_3C.shape)
-        dist.all_gather_single(parts_R3C.flatten(0, 1), own_3C, group=group)
+        dist.all_gather_single(parts_R3C.view(-1), own_3C.view(-1), group=group)
         max_RC, sum_RC, target_logits_RC = parts_R3C.unbind(1)
         self.max_C1 = max_RC.amax(0).unsqueeze(1)
         self.sum_C1 = (sum_RC * (max_RC - self.max_C1.T).exp_()).sum(0).unsqueeze(1)
