@@ -36,6 +36,8 @@ class ComputeCopies:
     def _lend(self, _model: nn.Module, _args: Any) -> None:
         if any(module._parameters[name] is not master for module, name, master, _ in self._slots) or not self._slots:
             self._slots = self._make_slots()
+        if not self._slots:  # parameters that are all in `dtype` themselves
+            return
         with torch.no_grad():
             torch._foreach_copy_([copy for *_, copy in self._slots], [master for _, _, master, _ in self._slots])
         for module, name, _, copy in self._slots:
