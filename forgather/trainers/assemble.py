@@ -58,7 +58,9 @@ def assemble(
 
     if mesh.pipeline > 1:
         assert pipeline is not None, "a mesh with a pipeline needs its plan"
-        return assemble_stages(source.construct, pipeline, make_trainable, parameter_dtype=dtype, compute_dtype=COMPUTE_DTYPE[precision])
+        return assemble_stages(
+            source.construct, pipeline, make_trainable, parameter_dtype=dtype, compute_dtype=COMPUTE_DTYPE[precision]
+        )
     model = source.construct(device="meta", dtype=dtype)  # shapes only, so a model of any size
     make_trainable(model)
     return model.train()
