@@ -92,7 +92,8 @@ class Trainer:
             return Outcome.NOTHING_TO_DO
         outcome = Outcome.FINISHED
         with self._running():
-            for number in range(self.steps_done, self.steps):
+            while self.steps_done < self.steps:
+                number = self.steps_done
                 self.control.begin_step()
                 with self.meter.doing("data_wait"):
                     batches = self.data.take()
@@ -106,6 +107,8 @@ class Trainer:
                 if orders.abort:
                     outcome = Outcome.ABORTED
                     break
+                if orders.decay:
+                    self.begin_decay()
                 if self.is_due(self.log_every) or self.steps_done == 1:
                     self.log()
                 # A run that was told to stop may have seconds left; what it has to lose is not an evaluation.
@@ -127,7 +130,20 @@ class Trainer:
         if checkpoint is not None:
             self.checkpoints.load(self.state, checkpoint)
             self.steps_done = self.saved_at = checkpoint.step
+            self.steps = self._last_step()
         return checkpoint
+
+    def begin_decay(self) -> None:
+        """Let the learning rate fall from the next step on; the run ends where the decay does."""
+        obey = getattr(self.step.update.schedule, "on_command", None)
+        if obey is not None and (said := obey("decay")) is not None:
+            self.reports.note(said)
+        self.steps = self._last_step()
+
+    def _last_step(self) -> int:
+        """How many steps the run has: a decay that was begun by a command ends it."""
+        end: int | None = getattr(self.step.update.schedule, "end", None)
+        return self.steps if end is None else end
 
     def log(self) -> None:
         """Report the steps since the last log. The one place where numbers leave the device."""
@@ -174,6 +190,7 @@ class Trainer:
     @contextmanager
     def _running(self) -> Iterator[None]:
         self.model.train()
+        self.control.steer(self)
         self.reports.start(self.steps_done)
         try:
             with self.hooks:
