@@ -4,8 +4,9 @@ The readings are those of `trainers.recording`: whole tensors, so it does not ma
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from forgather.trainers.recording import Array, Kind, Reading
 # which the softmax cancels. Optimizers that divide by the gradient's own size make steps of it as long as any other's.
 NOISE = 1e-6
 # A gradient that is smaller than this part of the whole is measured against this part of it.
-SMALL = 1e-2
+SMALL = 1e-3
 # Copies of one tensor come of the same arithmetic; this allows a device that adds in any order.
 _REPLICA_TOLERANCE = 1e-6
 # Within a step, in the order in which it makes them.
@@ -62,6 +63,11 @@ class Comparison:
         self.tensor_tolerance = tensor_tolerance
         self._largest_share: dict[str, float] = {}  # of a tensor's gradient in the whole gradient, over all steps
 
+    def compare(self, a: Iterable[Reading], b: Iterable[Reading]) -> Iterator[StepComparison]:
+        """One comparison a step."""
+        for step, pairs in groupby(zip(a, b, strict=True), key=lambda pair: pair[0].step):
+            yield self.judge(step, pairs)
+
     def judge(self, step: int, pairs: Iterable[tuple[Reading, Reading]]) -> StepComparison:
         """Compare all that was read of one step; each pair is looked at once."""
         done = StepComparison(step)
@@ -70,10 +76,8 @@ class Comparison:
         for each in sorted(measured, key=lambda each: _ORDER.index(each.kind)):
             if each.scalars is not None:
                 done.scalars[each.kind] = each.scalars
-            if each.kind == "gradient" and whole > 0:
-                self._largest_share[each.name] = max(self._largest_share.get(each.name, 0.0), each.norm / whole)
-            if each.kind == "parameter" and self._largest_share.get(each.name, 1.0) < NOISE:
-                done.noise.append(each.name)
+            if self._is_noise(each, whole):
+                done.noise += [each.name] if each.kind == "parameter" else []
                 continue
             scale = max(each.norm, SMALL * whole) if each.kind == "gradient" else each.norm
             size = 0.0 if each.apart == 0 else each.apart / scale if scale > 0 else math.inf
@@ -83,6 +87,14 @@ class Comparison:
             if not size <= self._tolerance_of(each.kind):
                 done.beyond.append(found)
         return done
+
+    def _is_noise(self, measured: "_Measured", whole: float) -> bool:
+        """Whether rounding is all there is to a gradient, or has been all that has moved a parameter."""
+        if measured.kind == "gradient" and whole > 0:
+            share = measured.norm / whole
+            self._largest_share[measured.name] = max(self._largest_share.get(measured.name, 0.0), share)
+            return share < NOISE
+        return measured.kind == "parameter" and self._largest_share.get(measured.name, 1.0) < NOISE
 
     def _tolerance_of(self, kind: Kind) -> float:
         if kind in ("gradient", "parameter"):

@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import groupby
 from math import prod
 from typing import Any
 
@@ -24,7 +23,7 @@ from forgather.trainers.recording import Reading, Recorder
 
 @dataclass(frozen=True)
 class Plan:
-    """A mesh, and what else of the config is different: `shard=2,pipeline=2,rows_per_forward=4`, or `single`."""
+    """A mesh, and what else of the config is different: `shard=2,pipeline=2,lr=1e-4`, or `single,lr=1e-4`."""
 
     text: str
     axes: Mapping[str, int]
@@ -36,7 +35,8 @@ class Plan:
         axes = dict.fromkeys(AXES, 1)
         settings = []
         # A comma within a value, as in a list, is followed by no key.
-        for pair in re.split(r",(?=[\w.]+=)", text) if text != "single" else []:
+        pairs = re.split(r",(?=[\w.]+=)", text)
+        for pair in pairs[1:] if pairs[0] == "single" else pairs:
             key, equals, value = pair.partition("=")
             if not equals:
                 raise ConfigError(
@@ -83,25 +83,11 @@ def compare_plans(
     return _compare((a, b), projects, steps, comparison, timeout_s)
 
 
-def _compare(
-    plans: Sequence[Plan], projects: Sequence[Project], steps: int, comparison: Comparison, timeout_s: float
-) -> Iterator[StepComparison]:
-    threads = max(1, count_cores() // sum(plan.num_ranks for plan in plans))
-    preload([__name__, "forgather.trainers.assemble", "torch.distributed.fsdp"])
-    with ExitStack() as stack:
-        streams = []
-        for plan, project in zip(plans, projects, strict=True):
-            world = LocalRanks(plan.num_ranks, _record, (project, steps), threads=threads, timeout_s=timeout_s)
-            streams.append(_Stream(plan, stack.enter_context(world)))
-        names = [stream.receive() for stream in streams]
-        if names[0] != names[1]:
-            raise _other_parameters(plans, names)
-        for step, pairs in groupby(zip(*streams, strict=True), key=lambda pair: pair[0].step):
-            yield comparison.judge(step, pairs)
+def record_plan(send: Callable[[Any], None], project: Project, steps: int) -> None:
+    """What one rank of a plan does: rank 0 sends the names of the parameters, then lists of readings.
 
-
-def _record(send: Callable[[Any], None], project: Project, steps: int) -> None:
-    """What one rank of a plan does. No run folder is opened and nothing is written."""
+    No run folder is opened and nothing of a run is written.
+    """
     session = project.session()
     model, optimizer, data, step = (session.build(target) for target in ("model", "optimizer", "data", "step"))
     recorder = Recorder(step, model, optimizer, send)
@@ -111,6 +97,22 @@ def _record(send: Callable[[Any], None], project: Project, steps: int) -> None:
         recorder.record(data.take() for _ in range(steps))
     finally:
         data.close()
+
+
+def _compare(
+    plans: Sequence[Plan], projects: Sequence[Project], steps: int, comparison: Comparison, timeout_s: float
+) -> Iterator[StepComparison]:
+    threads = max(1, count_cores() // sum(plan.num_ranks for plan in plans))
+    preload([__name__, "forgather.trainers.assemble", "torch.distributed.fsdp"])
+    with ExitStack() as stack:
+        streams = []
+        for plan, project in zip(plans, projects, strict=True):
+            world = LocalRanks(plan.num_ranks, record_plan, (project, steps), threads=threads, timeout_s=timeout_s)
+            streams.append(_Stream(plan, stack.enter_context(world)))
+        names = [stream.receive() for stream in streams]
+        if names[0] != names[1]:
+            raise _other_parameters(plans, names)
+        yield from comparison.compare(*streams)
 
 
 class _Stream:
