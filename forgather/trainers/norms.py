@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from forgather.distributed.holders import counts_here
 from forgather.distributed.mesh import Mesh
 from forgather.errors import ConfigError
 from forgather.optim.clip import sum_of_squares
-from forgather.trainers.events import Started
+from forgather.trainers.events import Started, StepEnded
 from forgather.trainers.interval import Interval
 
 Of = Literal["gradients", "parameters"]
@@ -26,10 +26,11 @@ class Norms:
 
     patterns: name to regular expression; the metrics are `<hook>/gradients/<name>` and `<hook>/parameters/<name>`. A
         parameter may be found by several. One that finds none is a ConfigError.
-    of: gradients, parameters, or both. Gradients are measured as the optimizer gets them: after clipping.
+    of: gradients, parameters, or both. Gradients are measured as the optimizer gets them: after clipping. Parameters
+        are measured after the step.
     every: steps between two measurements; set it to `log_every`. A log step shows the newest measurement.
 
-    Norms are over all ranks, each element counted once, and cost one small collective a measurement.
+    Norms are over all ranks, each element counted once, and cost one small collective a measurement of each.
     """
 
     def __init__(
@@ -55,13 +56,16 @@ class Norms:
         self.device = mesh.environment.device
         self.step = 0
         self._squares: dict[Of, Tensor] = {}
-        optimizer.register_step_pre_hook(lambda *_: self._before_update())
+        if "gradients" in self.of:  # they are gone when the step has ended
+            optimizer.register_step_pre_hook(lambda *_: self._measure("gradients", self.step + 1))
 
     def on_start(self, event: Started) -> None:
         self.step = event.step
 
-    def on_step_end(self, event: Any) -> None:
+    def on_step_end(self, event: StepEnded) -> None:
         self.step = event.step
+        if "parameters" in self.of:
+            self._measure("parameters", self.step)
 
     def metrics(self) -> dict[str, float]:
         """The newest norms, on the host; empty before the first measurement."""
@@ -71,12 +75,9 @@ class Norms:
             for title, norm in zip(self.groups, squares.sqrt().tolist(), strict=True)
         }
 
-    def _before_update(self) -> None:
-        if not self.interval.is_due(self.step + 1):
-            return
-        mine = [self._square(of, group) for of in self.of for group in self.groups.values()]
-        squares = sum_ranks(torch.stack(mine)).view(len(self.of), len(self.groups))
-        self._squares = dict(zip(self.of, squares, strict=True))
+    def _measure(self, of: Of, step: int) -> None:
+        if self.interval.is_due(step):
+            self._squares[of] = sum_ranks(torch.stack([self._square(of, group) for group in self.groups.values()]))
 
     def _square(self, of: Of, group: Sequence[Tensor]) -> Tensor:
         chosen = group if of == "parameters" else [p.grad for p in group if p.grad is not None]

@@ -74,6 +74,41 @@ def test_a_row_cut_short_by_a_kill_is_set_aside(tmp_path):
     assert (tmp_path / "metrics.superseded.jsonl").read_text() == '{"kind": "train", "step": 3\n'
 
 
+@pytest.mark.training_case(40)
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [
+        ('{"kind": "train", "step": 1}\n{"kind": "train", "step": 2}', [1, 2]),
+        ('{"kind": "train", "step": 1}\n{"kind": "train", "step": 2}\n{"kind": "tr', [1, 2]),
+        ("", []),
+        ("[", []),
+        ("no JSON\n\x00\x00", []),
+        ('{"kind": "train"}\n', []),
+    ],
+)
+def test_what_a_kill_has_left_is_read_as_far_as_it_goes(tmp_path, text, steps):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(text)
+    assert [row["step"] for row in read_rows(path)] == steps
+
+
+@pytest.mark.training_case(41)
+def test_a_resume_at_20_keeps_10_and_20(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    record(path, [10, 20, 30, 40]).close()
+    record(path, [21], resumed_at=20).close()
+    assert [row["step"] for row in read_rows(path, "train")] == [10, 20, 21]
+
+
+@pytest.mark.training_case(42)
+def test_tensorboard_goes_on_in_a_folder_that_is_gone(tmp_path):
+    sink = TensorBoard(tmp_path / "gone")
+    sink.start(500)
+    sink.write(510, {"loss": 1.0})
+    sink.close()
+    assert scalars(tmp_path / "gone", "train/loss") == [(510, 1.0)]
+
+
 def test_a_run_that_starts_again_from_nothing_keeps_no_row(tmp_path):
     path = tmp_path / "metrics.jsonl"
     record(path, [0, 10], note="first").close()
@@ -90,6 +125,7 @@ def test_a_resume_with_nothing_to_take_out_leaves_the_file_as_it_is(tmp_path):
     assert not (tmp_path / "metrics.superseded.jsonl").exists()
 
 
+@pytest.mark.training_case(43)
 def test_zero_is_written_and_a_number_that_is_none_is_spelt(tmp_path):
     path = tmp_path / "metrics.jsonl"
     sink = JsonLines(path)
@@ -120,6 +156,7 @@ def scalars(folder, tag):
     return [(event.step, round(event.value, 4)) for event in accumulator.Scalars(tag)]
 
 
+@pytest.mark.training_case(42, 43)
 def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
     for steps, resumed_at, value in (([50, 100, 150], 0, 1.0), ([150, 200], 100, 2.0)):
         sink = TensorBoard(tmp_path)

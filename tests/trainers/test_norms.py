@@ -25,20 +25,22 @@ def train(folder: Path, corpus: Path, every: int = 1, tied: bool = False):
     norms = Norms(trainer.model, trainer.state.optimizer, trainer.mesh, patterns=PATTERNS, every=every)
     by_hand = []
     # The same numbers without the hook's own arithmetic, from inside the step.
-    trainer.state.optimizer.register_step_pre_hook(lambda *_: by_hand.append(measure(trainer.model)))
+    optimizer = trainer.state.optimizer
+    optimizer.register_step_pre_hook(lambda *_: by_hand.append(measure(trainer.model, "gradients")))
+    optimizer.register_step_post_hook(lambda *_: by_hand[-1].update(measure(trainer.model, "parameters")))
     trainer.hooks = type(trainer.hooks)({"norms": norms})
     trainer.run()
     trainer.checkpoints.run.close()
     return read_rows(trainer.checkpoints.run.logs / "metrics.jsonl", "train"), by_hand
 
 
-def measure(model: torch.nn.Module) -> dict[str, float]:
+def measure(model: torch.nn.Module, of: str) -> dict[str, float]:
     found = {}
     for title, part in (("attention", "self_attn"), ("head", "lm_head"), ("all", "")):
         chosen = [p for name, p in model.named_parameters() if part in name]
-        for of, tensors in (("gradients", [p.grad for p in chosen]), ("parameters", [p.detach() for p in chosen])):
-            whole = [t.full_tensor() if hasattr(t, "full_tensor") else t for t in tensors]
-            found[f"norms/{of}/{title}"] = math.sqrt(sum(t.double().square().sum().item() for t in whole))
+        tensors = [p.grad if of == "gradients" else p.detach() for p in chosen]
+        whole = [t.full_tensor() if hasattr(t, "full_tensor") else t for t in tensors]
+        found[f"norms/{of}/{title}"] = math.sqrt(sum(t.double().square().sum().item() for t in whole))
     return found
 
 

@@ -1,0 +1,69 @@
+"""What hooks may want together, and what becomes of one that is taken out."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch.distributed as dist
+
+from forgather.trainers.events import Hooks, Outcome, Started
+from tests.ranks import RankPool
+
+
+class Hook:
+    """Wants what it is told to, and remembers what it heard."""
+
+    def __init__(self, *, stop: bool = False, abort: bool = False) -> None:
+        self.stop = stop
+        self.abort = abort
+        self.heard: list[int] = []
+
+    def on_start(self, event: Started) -> None:
+        self.heard.append(event.step)
+
+    def wants_stop(self) -> bool:
+        return self.stop
+
+    def wants_abort(self) -> bool:
+        return self.abort
+
+
+class Deaf:
+    """A hook that wants nothing and hears nothing."""
+
+
+@pytest.mark.training_case(15)
+def test_a_hook_without_a_wish_keeps_the_run_going_and_the_strongest_wish_is_in_force():
+    assert Hooks({"deaf": Deaf()}).wanted_end() is None
+    assert Hooks({"deaf": Deaf(), "quiet": Hook()}).wanted_end() is None
+    stop, abort = Hook(stop=True), Hook(abort=True)
+    assert Hooks({"stop": stop, "quiet": Hook(), "deaf": Deaf()}).wanted_end() is Outcome.STOPPED
+    # Not the last word but the strongest: the order in a config decides nothing.
+    assert Hooks({"stop": stop, "abort": abort}).wanted_end() is Outcome.ABORTED
+    assert Hooks({"abort": abort, "stop": stop}).wanted_end() is Outcome.ABORTED
+
+
+@pytest.mark.training_case(15)
+def test_a_hook_that_is_taken_out_hears_nothing():
+    kept = Hook()
+    hooks = Hooks({"kept": kept, "out": None})
+    hooks.tell(Started(3))
+    assert kept.heard == [3]
+    assert list(hooks.hooks) == ["kept"]
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator[RankPool]:
+    with RankPool(2) as pool:
+        yield pool
+
+
+def wanted(stops: list[int], aborts: list[int]) -> str | None:
+    rank = dist.get_rank()
+    end = Hooks({"hook": Hook(stop=rank in stops, abort=rank in aborts)}).wanted_end()
+    return None if end is None else end.value
+
+
+def test_one_rank_decides_for_all(two_ranks):
+    assert two_ranks.run(wanted, [], []) == [None, None]
+    assert two_ranks.run(wanted, [1], []) == ["stopped", "stopped"]
+    assert two_ranks.run(wanted, [0], [1]) == ["aborted", "aborted"]
