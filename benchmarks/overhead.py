@@ -32,6 +32,7 @@ from hand_loop import LOG_EVERY, LR, MAX_NORM, WEIGHT_DECAY, HandLoop
 from interleaved import machine_line
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from forgather.checkpoint.keep import Keep
 from forgather.checkpoint.run_folder import RunFolder
 from forgather.checkpoint.store import CheckpointStore
 from forgather.data.batch import Batch
@@ -93,7 +94,7 @@ class Ours:
             mesh=mesh,
             meter=Meter(mesh.environment.device),
             reports=Reports(Console(10**6, NOWHERE), {"jsonl": JsonLines(run.logs / "metrics.jsonl")}),
-            checkpoints=CheckpointStore(run, keep_last=1),
+            checkpoints=CheckpointStore(run, Keep(last=1)),
             steps=0,
             hooks={"clock": self},
             log_every=LOG_EVERY,

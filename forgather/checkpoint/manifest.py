@@ -9,6 +9,7 @@ import json
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,19 +34,31 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Step, where it was saved, and every file. `mesh` maps the mesh's dimensions to their sizes."""
+    """Step, where it was saved, and every file.
+
+    `mesh` maps the mesh's axes to their sizes; `metrics` are those of the evaluation at this step, if there was one.
+    """
 
     step: int
     world_size: int
     mesh: Mapping[str, int]
     versions: Mapping[str, str] = field(default_factory=lambda: versions())
     files: Mapping[str, FileRecord] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    saved_at: str = field(default_factory=lambda: datetime.now().astimezone().isoformat(timespec="seconds"))
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files that it lists."""
+        return sum(record.size for record in self.files.values())
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json` into `folder`."""
         content = {
             "format": FORMAT,
             "step": self.step,
+            "saved_at": self.saved_at,
+            "metrics": dict(self.metrics),
             "world_size": self.world_size,
             "mesh": dict(self.mesh),
             "versions": dict(self.versions),
@@ -74,6 +87,8 @@ class Manifest:
                 mesh=content["mesh"],
                 versions=content["versions"],
                 files={name: FileRecord(**record) for name, record in content["files"].items()},
+                metrics=content.get("metrics", {}),
+                saved_at=content.get("saved_at", "unknown"),
             )
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing") from None

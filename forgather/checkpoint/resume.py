@@ -17,7 +17,7 @@ def changes(checkpoint: Checkpoint, *, config: str, world_size: int, mesh: Mappi
     saved: Manifest = checkpoint.manifest
     if saved.world_size != world_size:
         lines.append(f"ranks: {saved.world_size} -> {world_size}")
-    if dict(saved.mesh) != dict(mesh):
+    if _mesh(saved.mesh) != _mesh(mesh):
         lines.append(f"mesh: {_mesh(saved.mesh)} -> {_mesh(mesh)}")
     for name, version in versions().items():
         if saved.versions.get(name) != version:
@@ -75,4 +75,4 @@ def _flat(text: str) -> dict[str, str]:
 
 
 def _mesh(mesh: Mapping[str, int]) -> str:
-    return " x ".join(f"{name} {size}" for name, size in mesh.items()) or "one device"
+    return " x ".join(f"{name} {size}" for name, size in mesh.items() if size > 1) or "one device"

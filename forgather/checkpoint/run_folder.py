@@ -3,13 +3,13 @@
 import contextlib
 import re
 import sys
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Self
 
-from forgather.checkpoint.folder import require_shared
 from forgather.checkpoint.lock import RunLock
-from forgather.distributed.collectives import broadcast_object, rank
+from forgather.distributed.collectives import broadcast_object, gather_objects, rank
 from forgather.durable import sync
 from forgather.errors import CheckpointError
 
@@ -68,11 +68,10 @@ class RunFolder:
         else:
             self._descriptions[name] = content.read_bytes()
 
-    def write_descriptions(self, folder: Path) -> None:
-        """Put what was described into `folder`; called by rank 0 while it saves."""
-        for name, content in self._descriptions.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(content)
+    @property
+    def descriptions(self) -> Mapping[str, bytes]:
+        """The files that were described, by name; on rank 0."""
+        return self._descriptions
 
     def say(self, text: str) -> None:
         """Tell the user: on stderr, and with the time in `logs/run.log`. Rank 0 speaks."""
@@ -115,6 +114,16 @@ class RunFolder:
         self._lock = RunLock(opened / ".lock")
         sync(opened.parent)
         return opened
+
+
+def require_shared(folder: Path) -> None:
+    """Raise CheckpointError on every rank unless all see the folder that rank 0 has made."""
+    visible = gather_objects(folder.is_dir())
+    if not all(visible):
+        raise CheckpointError(
+            f"rank {visible.index(False)} does not see {folder}, which rank 0 has made",
+            fix="let the run folder be on a file system that all hosts share",
+        )
 
 
 def _first_new(dir: Path) -> Path:

@@ -1,14 +1,14 @@
 """Everything that decides how a run goes on: weights, optimizer, loader, hooks, random numbers.
 
 `capture` gives it as named tensors and a JSON document; `targets` and `accept` bring it back, on any mesh. The tensors
-are the live ones, DTensors where the model is sharded: DCP writes each rank's shard and reads straight into it. Names:
+are the live ones, DTensors where the model is sharded: each rank's part is written, and read straight into. Names:
 
     model/model.layers.0.self_attn.q_proj.weight
     optimizer/model.layers.0.self_attn.q_proj.weight/exp_avg
     extras/<hook>/<path in its state>
     random/<rank>/torch
 
-What differs from rank to rank has the rank in its name: DCP takes tensors of one name for copies and keeps one.
+What differs from rank to rank has the rank in its name: of tensors that share one, as copies do, one is stored.
 """
 
 from collections.abc import Mapping
@@ -17,15 +17,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from forgather.checkpoint.document import Json, join, split
+from forgather.checkpoint.layout import Layout
 from forgather.checkpoint.optimizer_state import optimizer_state_by_name, prepare_state
 from forgather.checkpoint.random_state import capture_random, reseed_random, restore_random
-from forgather.distributed.collectives import failing_together, gather_objects, rank, world_size
+from forgather.checkpoint.storage import dtype_of
+from forgather.distributed.collectives import rank, world_size
 from forgather.errors import CheckpointError
 from forgather.models.names import plain_name
 
@@ -34,12 +35,14 @@ from forgather.models.names import plain_name
 class TrainState:
     """A run's live objects. `extras` have a `state_dict` and a `load_state_dict`, and are saved under their names.
 
-    What an extra gives is taken to be the same on every rank, or a DTensor; rank 0's is saved.
+    What an extra gives is the same on every rank, or a DTensor; tensors that differ are refused, and of the rest rank
+    0's is saved. `mesh` is the size of each axis that the run is spread over.
     """
 
     model: nn.Module
     optimizer: Optimizer
     extras: Mapping[str, Stateful] = field(default_factory=dict)
+    mesh: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in self.extras:
@@ -50,21 +53,19 @@ class TrainState:
                 )
 
     def capture(self) -> tuple[dict[str, torch.Tensor], dict[str, Json]]:
-        """Named tensors and the document of the rest. Collective: the document has every rank's random numbers."""
-        with failing_together():  # an extra may refuse on one rank only
-            tensors = {f"model/{name}": tensor for name, tensor in self.weights().items()}
-            optimizer, optimizer_tensors = self._optimizer_state()
-            extras, extra_tensors = split({name: extra.state_dict() for name, extra in self.extras.items()}, "extras")
-            own, random_tensors = split(capture_random(self.device), f"random/{rank()}")
-        ranks = gather_objects((own, optimizer))
+        """This rank's named tensors, and its part of the document of the rest."""
+        tensors = {f"model/{name}": tensor for name, tensor in self.weights().items()}
+        optimizer, optimizer_tensors = self._optimizer_state()
+        extras, extra_tensors = split({name: extra.state_dict() for name, extra in self.extras.items()}, "extras")
+        own, random_tensors = split(capture_random(self.device), f"random/{rank()}")
         document: dict[str, Json] = {
-            "optimizer": {name: state for _, states in ranks for name, state in states.items()},
-            "extras": extras,
-            "random": [random for random, _ in ranks],
+            "optimizer": optimizer,
+            "extras": extras if rank() == 0 else {},
+            "random": own,
         }
         return tensors | optimizer_tensors | extra_tensors | random_tensors, document
 
-    def targets(self, saved: Metadata, document: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    def targets(self, saved: Layout, document: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """The tensors to read a checkpoint into: the live weights and optimizer state, and room for the rest."""
         targets = {f"model/{name}": tensor for name, tensor in self.weights().items()}
         trained = {key.split("/")[1] for key in _keys(saved, "optimizer/")} | set(document["optimizer"])
@@ -94,24 +95,20 @@ class TrainState:
             reseed_random(join(document["random"][0], tensors), rank(), world_size())
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Parameters and persistent buffers by name; tied ones once, under the name that the others are tied to."""
-        followers = getattr(self.model, "all_tied_weights_keys", None) or {}
-        named: dict[torch.Tensor, str] = {}
-        for name, tensor in self.model.state_dict(keep_vars=True).items():
-            plain = plain_name(name)
-            if tensor not in named or named[tensor] in followers:
-                named[tensor] = plain
-        return {name: tensor for tensor, name in named.items()}
+        """Parameters and persistent buffers by name; tied ones once, under the name that the others are tied to.
 
-    @property
-    def mesh(self) -> dict[str, int]:
-        """The mesh's dimensions that parameters are laid out on; empty when nothing is distributed."""
-        for parameter in self.model.parameters():
-            if isinstance(parameter, DTensor):
-                mesh = parameter.device_mesh
-                names = mesh.mesh_dim_names or tuple(f"dimension_{number}" for number in range(mesh.ndim))
-                return dict(zip(names, mesh.shape, strict=True))
-        return {}
+        That holds also where the others are on other ranks, as an embedding that a head on the last stage is tied to.
+        """
+        followers = getattr(self.model, "all_tied_weights_keys", None) or {}
+        state = {plain_name(name): tensor for name, tensor in self.model.state_dict(keep_vars=True).items()}
+        named: dict[torch.Tensor, str] = {}
+        for name, tensor in state.items():
+            if tensor not in named or named[tensor] in followers:
+                named[tensor] = name
+        return {
+            name if name not in followers or followers[name] in state else followers[name]: tensor
+            for tensor, name in named.items()
+        }
 
     @property
     def device(self) -> torch.device:
@@ -136,11 +133,9 @@ class TrainState:
         return {tensor: name for name, tensor in self.weights().items()}
 
 
-def _keys(saved: Metadata, prefix: str) -> list[str]:
-    return [key for key in saved.state_dict_metadata if key.startswith(prefix)]
+def _keys(saved: Layout, prefix: str) -> list[str]:
+    return [key for key in saved if key.startswith(prefix)]
 
 
-def _room(saved: Metadata, key: str) -> torch.Tensor:
-    tensor = saved.state_dict_metadata[key]
-    assert isinstance(tensor, TensorStorageMetadata)
-    return torch.empty(tensor.size, dtype=tensor.properties.dtype)
+def _room(saved: Layout, key: str) -> torch.Tensor:
+    return torch.empty(saved[key].shape, dtype=dtype_of(saved[key]))

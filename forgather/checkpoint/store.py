@@ -1,42 +1,52 @@
 """The checkpoints of one run: save, find the newest whole one, load it on any mesh.
 
-    with RunFolder(dir) as run:
-        store = CheckpointStore(run, keep_last=2)
+    with RunFolder(dir) as run, CheckpointStore(run) as store:
         checkpoint = store.newest()
         if checkpoint is not None:
             store.load(state, checkpoint)
         ...
-        store.save(state, step)
+        store.save(state, step)          # returns when the state is copied; a process of its own writes it
+        ...
+        store.finish()                   # returns when it is whole and on the disk
 
-All three are collective.
+All of them are collective, `committed` excepted.
 """
 
 import json
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Self
 
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+import xxhash
 
-from forgather.checkpoint.folder import Committed, leftovers, remove, saved_steps, set_aside, step_name
-from forgather.checkpoint.layout import read_layout
+from forgather.checkpoint.background import BackgroundWriter, HereWriter, Writer
+from forgather.checkpoint.commit import DOCUMENT, Commit
+from forgather.checkpoint.document import Json
+from forgather.checkpoint.folder import (
+    cause_of,
+    draft_of,
+    leftovers,
+    refused,
+    remove,
+    saved_steps,
+    set_aside,
+    step_name,
+)
+from forgather.checkpoint.keep import Keep
+from forgather.checkpoint.layout import StoredTensor, read_layout
 from forgather.checkpoint.manifest import MANIFEST, Manifest
+from forgather.checkpoint.messages import Committed, Failed, WritePart
+from forgather.checkpoint.plan import Plans, held
 from forgather.checkpoint.run_folder import RunFolder
 from forgather.checkpoint.state import TrainState
-from forgather.checkpoint.storage import RawReader, RawWriter
+from forgather.checkpoint.storage import local_part, raw_bytes, read_into
 from forgather.distributed.collectives import broadcast_object, gather_objects, rank, world_size
-from forgather.errors import CheckpointError
+from forgather.errors import CheckpointError, DistributedError, ForgatherError
 
-DOCUMENT = "state.json"
 CONFIG = "config.yaml"
 
 
@@ -58,45 +68,112 @@ class Checkpoint:
         return path.read_text() if path.exists() else None
 
     @cached_property
-    def layout(self) -> Metadata:
+    def layout(self) -> dict[str, StoredTensor]:
         return read_layout(self.path)
 
 
-class CheckpointStore:
-    """Saves, finds and loads the checkpoints of `run`, and keeps the `keep_last` newest whole ones."""
+@dataclass(frozen=True)
+class Pending:
+    """A save whose outcome is not known yet."""
 
-    def __init__(self, run: RunFolder, keep_last: int = 2) -> None:
-        if keep_last < 1:
-            raise CheckpointError(f"keep_last is {keep_last}, and a run needs one checkpoint", fix="keep_last: 1")
+    step: int
+    path: Path
+
+
+class CheckpointStore:
+    """Saves, finds and loads the checkpoints of `run`, and keeps those that `keep` says (the last 2 without one).
+
+    With `asynchronous`, a save is a copy of the state into memory that is set aside for it; a process of its own writes
+    it, at low priority, while the run goes on. Without, the run waits, and no memory is needed.
+    """
+
+    def __init__(self, run: RunFolder, keep: Keep | None = None, *, asynchronous: bool = True) -> None:
         self.run = run
-        self.keep_last = keep_last
+        self.keep = keep or Keep()
+        self.asynchronous = asynchronous
+        self._writer: Writer | None = None
+        self._plans = Plans()
+        self._pending: Pending | None = None
+        self._told: Pending | None = None  # a save that has become whole, which nobody was told of yet
+        self._number = 0
+        self._is_tidy = False  # whether the leftovers of saves that nobody goes on with are gone
         self._current: int | None = None  # the step that this run has last saved or loaded
         self._damaged: set[int] = set()
 
-    def save(self, state: TrainState, step: int) -> Path:
-        """Write the checkpoint of `step`; return its folder once it is whole and on the disk.
+    def save(self, state: TrainState, step: int, metrics: Mapping[str, float] | None = None) -> Path:
+        """Begin the checkpoint of `step`, and return the folder that it will be; `state` may change from here on.
 
-        A step that this run has just saved or loaded is not written again. CheckpointError, on every rank, when it
-        cannot be written; the checkpoints before it are then as they were.
+        `metrics` are those of an evaluation at this step: they tell which checkpoints are the best. A step that this
+        run has just saved or loaded is not written again. Waits for the save before. CheckpointError, on every rank,
+        when that one or this one cannot be written; checkpoints that were whole stay so.
         """
         final = self.run.checkpoints / step_name(step)
         if self._current == step:
             return final
-        self._make_room(final)
-        manifest = Manifest(step=step, world_size=world_size(), mesh=state.mesh)
-        with Committed(final, manifest) as draft:
-            tensors, document = state.capture()
-            writer = RawWriter(draft.path)
-            with calling_dcp(f"could not write {final}"):
-                dcp_save(tensors, storage_writer=writer, planner=save_planner())
-            for written in gather_objects(writer.written):
-                draft.files.update(written)
-            if rank() == 0:
-                (draft.path / DOCUMENT).write_text(json.dumps(document, indent=1))
-                self.run.write_descriptions(draft.path)
-        self._current = step
-        self._retain()
+        captured: tuple[dict[str, torch.Tensor], dict[str, Json]] | None = None
+        failure: Exception | None = None
+        previous = self._part_written()
+        try:
+            if final.exists() and step not in self._damaged:
+                raise CheckpointError(f"{final} is already there, and nothing is overwritten")
+            captured = state.capture()
+        except Exception as error:  # noqa: BLE001  raised below, by all
+            failure = error
+        is_planned = captured is not None and self._plans.holds(captured[0])
+        answers = gather_objects((previous, None if failure is None else cause_of(failure), is_planned))
+        self._settle([part for part, _, _ in answers])
+        _fail_together(failure, [cause for _, cause, _ in answers])
+        assert captured is not None, "what was not captured has failed"
+        tensors, document = captured
+        if not self._is_tidy or step in self._damaged:
+            self._make_room(final)
+        if not all(planned for _, _, planned in answers):
+            self._plans.make(tensors)
+        self._begin(Pending(step, final), tensors, document, self._commit(state, step, final, metrics or {}))
+        if not self.asynchronous:
+            self.finish()
         return final
+
+    def finish(self) -> None:
+        """Return when the last save is whole and on the disk. CheckpointError, on every rank, when it will not be."""
+        if self._pending is not None:
+            self._settle(gather_objects(self._part_written()))
+
+    def committed(self) -> Pending | None:
+        """A save that has become whole since this was last asked; not collective, and ranks may hear it in turn.
+
+        One that fails is not told here: the next save and `finish` raise, on all ranks.
+        """
+        if self._pending is not None and self._writer is not None:
+            outcome = self._writer.committed(0)
+            if isinstance(outcome, Committed):
+                self._conclude(outcome)
+        told, self._told = self._told, None
+        return told
+
+    def close(self) -> None:
+        """End the process that writes. What it has not finished is lost: after an error, call `wait_alone` before."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+            self._plans = Plans()
+            self._is_tidy = False
+        self._pending = None
+
+    def wait_alone(self, seconds: float) -> None:
+        """Give a save that is under way so much time to become whole, without a word to other ranks."""
+        if self._pending is not None and self._writer is not None:
+            outcome = self._writer.committed(seconds)
+            if isinstance(outcome, Committed):
+                self._conclude(outcome)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        if kind is None:
+            self.finish()
+        self.close()
 
     def newest(self) -> Checkpoint | None:
         """The whole checkpoint of the highest step, its files verified; None where nothing was ever saved.
@@ -104,6 +181,7 @@ class CheckpointStore:
         Says what it passes over: what an interrupted save left, and which file of a damaged checkpoint is wrong.
         CheckpointError when there are checkpoints and every one is damaged: a run does not start anew by accident.
         """
+        self.finish()
         if rank() == 0:
             for leftover in leftovers(self.run.checkpoints):
                 self.run.say(f"note: {leftover} was left by an interrupted save or removal; it is ignored")
@@ -129,6 +207,7 @@ class CheckpointStore:
 
         CheckpointError, listing both sides, when names, shapes or dtypes differ; no weight is changed then.
         """
+        self.finish()
         document = json.loads((checkpoint.path / DOCUMENT).read_bytes())
         targets = state.targets(checkpoint.layout, document)
         _require_fit(checkpoint, targets)
@@ -136,43 +215,90 @@ class CheckpointStore:
             self.run.say(f"note: {checkpoint.path} has a state of {name!r}, which this run lacks; it is not used")
         for name in sorted(set(state.extras) - set(document["extras"])):
             self.run.say(f"note: {checkpoint.path} has no state of {name!r}, which starts anew")
-        with calling_dcp(f"could not load {checkpoint.path}"):
-            dcp_load(targets, storage_reader=RawReader(checkpoint.path, checkpoint.layout), planner=load_planner())
-        state.accept(document, targets)
+        failure: Exception | None = None
+        try:
+            read_into(checkpoint.path, checkpoint.layout, targets)
+            state.accept(document, targets)
+        except Exception as error:  # noqa: BLE001  raised below, by all
+            failure = error
+        _fail_together(failure, gather_objects(None if failure is None else cause_of(failure)))
         self._current = checkpoint.step
 
-    def _make_room(self, final: Path) -> None:
-        """Remove what interrupted saves left, and give a damaged checkpoint of this step another name."""
+    def _begin(
+        self, save: Pending, tensors: Mapping[str, torch.Tensor], document: Mapping[str, Json], commit: Commit | None
+    ) -> None:
+        """Hand this rank's part to the writer."""
+        if self._writer is None:
+            self._writer = BackgroundWriter() if self.asynchronous else HereWriter()
+        with torch.no_grad():
+            plan = self._plans.plan
+            parts = [local_part(tensors[item.name]) for item in plan.items]
+            copies = {name: _digest(local_part(tensors[name])) for name in plan.copies}
+        self._number += 1
+        self._writer.begin(WritePart(self._number, save.path, rank(), document, copies, commit), plan.items, parts)
+        self._pending, self._current = save, save.step
+
+    def _commit(self, state: TrainState, step: int, final: Path, metrics: Mapping[str, float]) -> Commit | None:
+        """What rank 0's writer does when all parts are there."""
         if rank() != 0:
+            return None
+        manifest = Manifest(step, world_size(), state.mesh, metrics={k: float(v) for k, v in metrics.items()})
+        return Commit(final, manifest, self.keep, self.run.descriptions, frozenset(self._damaged))
+
+    def _part_written(self) -> ForgatherError | None:
+        """Wait until this rank's part of the last save is on the disk; the error when it is not."""
+        return None if self._pending is None or self._writer is None else self._writer.written()
+
+    def _settle(self, parts: Iterable[ForgatherError | None]) -> None:
+        """Learn what became of the last save, whose parts are written or `parts` says why not. Collective."""
+        if self._pending is None:
             return
-        try:
+        assert self._writer is not None, "there is no save without a writer"
+        outcome: Committed | Failed | None = None
+        failed = next((part for part in parts if part is not None), None)
+        if failed is not None:
+            self._writer.abandon()
+            outcome = Failed(self._number, failed)
+        elif rank() == 0:
+            outcome = self._writer.committed(None)
+        outcome = broadcast_object(outcome)
+        assert outcome is not None, "rank 0 has waited for it"
+        self._conclude(outcome)
+        if isinstance(outcome, Failed):
+            self._current = None
+            self._is_tidy = False
+            raise outcome.error
+
+    def _conclude(self, outcome: Committed | Failed) -> None:
+        pending, self._pending = self._pending, None
+        if isinstance(outcome, Committed):
+            self._told = pending
+            for warning in outcome.warnings:
+                self.run.say(warning)
+
+    def _make_room(self, final: Path) -> None:
+        """Remove what interrupted saves left, and give a damaged checkpoint of this step another name. Collective."""
+        problem: CheckpointError | None = None
+        if rank() == 0:
+            draft = draft_of(final)
             for leftover in leftovers(self.run.checkpoints):
                 self.run.say(f"note: removing {leftover}, which an interrupted save or removal left")
-                remove(leftover)
-            if final.exists() and (int(final.name.removeprefix("step-")) in self._damaged):
-                self.run.say(f"note: the damaged {final} is now {set_aside(final)}")
-        except OSError as error:
-            self.run.say(f"warning: {error.strerror}: {error.filename}")
-
-    def _retain(self) -> None:
-        """Remove what is older than the `keep_last` newest whole checkpoints. Damaged ones are left to their owner."""
-        if rank() != 0:
-            return
-        whole = [step for step in saved_steps(self.run.checkpoints) if self._looks_whole(step)]
-        for step in whole[: -self.keep_last]:
+                try:
+                    remove(leftover)
+                except OSError as error:
+                    self.run.say(f"warning: {cause_of(error)}")
+                    if leftover == draft:  # what stands in it could be taken for parts of this save
+                        problem = refused(final, error)
             try:
-                remove(self.run.checkpoints / step_name(step))
+                if final.exists():
+                    self.run.say(f"note: the damaged {final} is now {set_aside(final)}")
             except OSError as error:
-                self.run.say(f"warning: could not remove an old checkpoint: {error.strerror}: {error.filename}")
-
-    def _looks_whole(self, step: int) -> bool:
-        folder = self.run.checkpoints / step_name(step)
-        if step in self._damaged:
-            return False
-        try:
-            return not Manifest.read(folder).damaged_sizes(folder)
-        except CheckpointError:
-            return False
+                problem = refused(final, error)
+        problem = broadcast_object(problem)
+        if problem is not None:
+            raise problem
+        self._damaged.discard(int(final.name.removeprefix("step-")))
+        self._is_tidy = True
 
 
 def open_checkpoint(folder: Path) -> Checkpoint | list[str]:
@@ -199,10 +325,10 @@ def visible_checkpoint(folder: Path) -> Manifest | list[str]:
 
 def _require_fit(checkpoint: Checkpoint, targets: Mapping[str, torch.Tensor]) -> None:
     """Raise CheckpointError, listing both sides, unless `targets` are the tensors of the checkpoint."""
-    there = {name: _kind(tensor) for name, tensor in checkpoint.layout.state_dict_metadata.items()}
+    there = {name: _shown(stored.shape, stored.dtype) for name, stored in checkpoint.layout.items()}
     # A rank may have its own part of the model: what is here is what any rank has.
     here: dict[str, str] = {}
-    for part in gather_objects({name: _shown(tensor.shape, tensor.dtype) for name, tensor in targets.items()}):
+    for part in gather_objects({name: _shown(there.shape, there.dtype) for name, there in held(targets).items()}):
         here |= part
     parameters = [name for name in there if name.startswith(("model/", "optimizer/"))]
     differing = [name for name, kind in here.items() if there.get(name, kind) != kind]
@@ -223,34 +349,18 @@ def _listed(title: str, lines: list[str], most: int = 10) -> list[str]:
     return [f"{title}:", *(f"  {line}" for line in lines[:most]), *more] if lines else []
 
 
-def _kind(saved: Any) -> str:
-    assert isinstance(saved, TensorStorageMetadata)
-    return _shown(saved.size, saved.properties.dtype)
+def _shown(shape: Sequence[int], dtype: str) -> str:
+    return f"{list(shape)} {dtype}"
 
 
-def _shown(shape: torch.Size, dtype: torch.dtype) -> str:
-    return f"{list(shape)} {str(dtype).removeprefix('torch.')}"
+def _digest(tensor: torch.Tensor) -> str:
+    return xxhash.xxh3_64_hexdigest(raw_bytes(tensor.detach().to("cpu").contiguous()))
 
 
-def save_planner() -> DefaultSavePlanner:
-    return DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-
-
-def load_planner() -> DefaultLoadPlanner:
-    return DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-
-
-@contextmanager
-def calling_dcp(what: str) -> Iterator[None]:
-    """Run DCP: without its warning that a world of one is one, and with errors that say what to do."""
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-            yield
-    except CheckpointException as failure:
-        number, (error, _) = min(failure.failures.items())
-        if isinstance(error, CheckpointError):
-            raise error from failure
-        if isinstance(error, OSError):
-            raise error from failure
-        raise RuntimeError(f"{what}: rank {number}: {error!r}") from failure
+def _fail_together(failure: Exception | None, causes: Sequence[str | None]) -> None:
+    """Raise on every rank when one has failed: there its own error, elsewhere one that names it."""
+    if failure is not None:
+        raise failure
+    for number, cause in enumerate(causes):
+        if cause is not None:
+            raise DistributedError(f"rank {number} failed ({cause})")

@@ -8,13 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from forgather.checkpoint.folder import saved_steps, step_name
+from forgather.checkpoint.layout import Layout
 from forgather.checkpoint.manifest import MANIFEST
-from forgather.checkpoint.storage import RawReader, read_tensor
-from forgather.checkpoint.store import Checkpoint, calling_dcp, load_planner, visible_checkpoint
+from forgather.checkpoint.storage import dtype_of, read_into, read_tensor
+from forgather.checkpoint.store import Checkpoint, visible_checkpoint
 from forgather.conversion.safetensors_file import TensorKind
 from forgather.errors import CheckpointError
 
@@ -90,10 +89,8 @@ class CheckpointModel:
     def stream(self, names: Sequence[str]) -> Iterator[torch.Tensor]:
         """The weights called `names`, whole, in that order, each checked against its digest.
 
-        A tensor is good until the next is asked for: all are read into one piece of memory, because DCP's planner
-        keeps what it has loaded alive until the garbage collector comes by.
+        A tensor is good until the next is asked for: all are read into one piece of memory.
         """
-        reader = RawReader(self.path, self._checkpoint.layout)
         batches = _batches({name: self.kinds[name] for name in names})
         memory = torch.empty(max(sum(_room(kind) for kind in batch.values()) for batch in batches), dtype=torch.uint8)
         for batch in batches:
@@ -103,22 +100,20 @@ class CheckpointModel:
                 tensors[f"model/{name}"] = memory[at : at + kind.num_bytes].view(kind.dtype).view(kind.shape)
                 at += _room(kind)
             try:
-                with calling_dcp(f"could not read {self.path}"):
-                    dcp_load(tensors, storage_reader=reader, planner=load_planner(), no_dist=True)
+                read_into(self.path, self._checkpoint.layout, tensors)
             except CheckpointError as error:
                 raise DamageError(self.path, [error.message]) from error
             for name in batch:
                 yield tensors[f"model/{name}"]
 
 
-def weight_kinds(layout: Metadata) -> dict[str, TensorKind]:
+def weight_kinds(layout: Layout) -> dict[str, TensorKind]:
     """Shape and dtype of each weight of a checkpoint."""
-    kinds = {}
-    for key, tensor in layout.state_dict_metadata.items():
-        if key.startswith("model/"):
-            assert isinstance(tensor, TensorStorageMetadata)
-            kinds[key.removeprefix("model/")] = TensorKind(tuple(tensor.size), tensor.properties.dtype)
-    return kinds
+    return {
+        name.removeprefix("model/"): TensorKind(stored.shape, dtype_of(stored))
+        for name, stored in layout.items()
+        if name.startswith("model/")
+    }
 
 
 @contextmanager

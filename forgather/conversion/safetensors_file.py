@@ -15,7 +15,8 @@ from typing import Self
 
 import torch
 
-from forgather.checkpoint.storage import raw_bytes, write_all
+from forgather.checkpoint.part import write_all
+from forgather.checkpoint.storage import raw_bytes
 from forgather.errors import CheckpointError
 
 DTYPE_NAMES = {

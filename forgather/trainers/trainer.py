@@ -1,5 +1,6 @@
 """The loop: take the batches of a step, make the step, and log, evaluate and save when it is time."""
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,14 +14,20 @@ from forgather.checkpoint.store import Checkpoint, CheckpointStore
 from forgather.data.batch import Batch
 from forgather.data.loader import Loader
 from forgather.distributed.mesh import Mesh
+from forgather.errors import ForgatherError
 from forgather.metrics.budget import Coverage, describe
 from forgather.metrics.meter import Meter
 from forgather.metrics.step_result import StepResult
 from forgather.trainers.control import Control
 from forgather.trainers.evaluation import Evaluation
 from forgather.trainers.events import Evaluated, Finished, Hooks, Logged, Outcome, Saved, Started, StepEnded
+from forgather.trainers.interval import Every, Interval
 from forgather.trainers.reports import Reports
 from forgather.trainers.update import Update
+
+# How long a run that ends with an error waits for the checkpoint that is being written: one of ours all ranks have
+# together, and their parts will come; after any other a rank may be gone, and a restart may be waiting.
+_ORDERLY_S, _CRASHED_S = 600.0, 1.0
 
 
 class Step(Protocol):
@@ -40,9 +47,10 @@ class Step(Protocol):
 class Trainer:
     """Trains `model` for `steps` steps, going on from the newest whole checkpoint there is.
 
-    Counts are in optimizer steps; `log_every`, `eval_every` and `save_every` are also done after the last one, and a
-    null one is not done before that. `carried` are files or folders that every checkpoint takes along, such as the
-    model's package. A run whose steps are all made does nothing.
+    Counts are in optimizer steps; `log_every`, `eval_every` and `save_every` are also done after the last one, a null
+    one is not done before that, and `epoch` is the end of each pass over the data. `carried` are files or folders that
+    every checkpoint takes along, such as the model's package; `num_parameters` those of the whole model, where this
+    rank has a part of it. A run whose steps are all made does nothing.
     """
 
     def __init__(
@@ -60,10 +68,11 @@ class Trainer:
         evaluation: Evaluation | None = None,
         control: Control | None = None,
         hooks: Mapping[str, Any] | None = None,
-        log_every: int | None = 10,
-        eval_every: int | None = None,
-        save_every: int | None = None,
+        log_every: Every = 10,
+        eval_every: Every = None,
+        save_every: Every = None,
         carried: Mapping[str, str | Path] | None = None,
+        num_parameters: int | None = None,
     ) -> None:
         self.model = model
         self.step = step
@@ -76,13 +85,17 @@ class Trainer:
         self.evaluation = evaluation
         self.control = control or Control(signals=False)
         self.hooks = Hooks({"of control": self.control, **(hooks or {})})
-        self.log_every = log_every
-        self.eval_every = eval_every
-        self.save_every = save_every
+        steps_per_epoch = len(data.blocks) / data.rows_per_step
+        self.log_every = Interval("log_every", log_every, steps_per_epoch=steps_per_epoch)
+        self.eval_every = Interval("eval_every", eval_every, steps_per_epoch=steps_per_epoch)
+        self.save_every = Interval("save_every", save_every, steps_per_epoch=steps_per_epoch)
         extras = {"data": data, "update": step.update, "goodput": meter.ledger, **self.hooks.with_state()}
         self.state = TrainState(model, optimizer, extras)
+        # Of the whole model; a rank that holds a few of its layers cannot count them.
+        self.num_parameters = num_parameters or sum(parameter.numel() for parameter in model.parameters())
         self.steps_done = 0
         self.saved_at: int | None = None  # the step of the newest checkpoint
+        self.evaluated: tuple[int, Mapping[str, float]] | None = None  # the last evaluation's step, and what it gave
         for name, path in (carried or {}).items():
             checkpoints.run.describe(name, Path(path))
 
@@ -103,6 +116,7 @@ class Trainer:
                 self.steps_done = number + 1
                 self.reports.tick(self.steps_done)
                 self.hooks.tell(StepEnded(self.steps_done, result))
+                self.tell_saved()
                 orders = self.control.end_step()
                 if orders.abort:
                     outcome = Outcome.ABORTED
@@ -114,12 +128,19 @@ class Trainer:
                 # A run that was told to stop may have seconds left; what it has to lose is not an evaluation.
                 if self.is_due(self.eval_every) and (not orders.stop or self.steps_done == self.steps):
                     self.evaluate()
-                stopping = self.hooks.want_stop() or orders.stop
+                wanted = self.hooks.wanted_end()
+                if wanted is Outcome.ABORTED:
+                    outcome = wanted
+                    break
+                stopping = wanted is Outcome.STOPPED or orders.stop
                 if stopping or orders.save or self.is_due(self.save_every):
                     self.save()
                 if stopping and self.steps_done < self.steps:
                     outcome = Outcome.STOPPED
                     break
+            with self.meter.doing("checkpoint"):
+                self.checkpoints.finish()
+            self.tell_saved()
             self.hooks.tell(Finished(self.steps_done, outcome))
             self.close_ledger()
         return outcome
@@ -159,6 +180,7 @@ class Trainer:
         self.step.settle()
         with self.meter.doing("evaluation"):
             metrics = self.evaluation()
+            self.evaluated = (self.steps_done, metrics)
             self.reports.write(self.steps_done, metrics, kind="evaluation")
             self.hooks.tell(Evaluated(self.steps_done, metrics))
 
@@ -168,10 +190,16 @@ class Trainer:
             return
         self.step.settle()
         with self.meter.doing("checkpoint"):
-            path = self.checkpoints.save(self.state, self.steps_done)
+            step, metrics = self.evaluated or (None, {})
+            self.checkpoints.save(self.state, self.steps_done, metrics if step == self.steps_done else {})
             self.saved_at = self.steps_done
-            self.reports.note(f"saved {path}")
-            self.hooks.tell(Saved(self.steps_done, path))
+        self.tell_saved()  # the one before; or this one, where nothing is written beside the run
+
+    def tell_saved(self) -> None:
+        """Say which save, written meanwhile by a process of its own, has become a whole checkpoint."""
+        if (saved := self.checkpoints.committed()) is not None:
+            self.reports.note(f"saved {saved.path}")
+            self.hooks.tell(Saved(saved.step, saved.path))
 
     def close_ledger(self) -> None:
         """Say where the time of the run went; what comes until it is continued is no loss."""
@@ -198,19 +226,23 @@ class Trainer:
                 self.meter.start()
                 yield
         finally:
+            # After an error too: what was saved before it, and is being written, is not to be lost with it.
+            self.checkpoints.wait_alone(_ORDERLY_S if isinstance(sys.exception(), ForgatherError) else _CRASHED_S)
+            self.tell_saved()
+            self.checkpoints.close()
             self.data.close()
             self.reports.close()
 
-    def is_due(self, every: int | None) -> bool:
-        """Whether something that is done `every` so many steps is done now; everything is, after the last step."""
-        return self.steps_done == self.steps or (every is not None and self.steps_done % every == 0)
+    def is_due(self, interval: Interval) -> bool:
+        """Whether something is done now; everything is, after the last step."""
+        return self.steps_done == self.steps or interval.is_due(self.steps_done)
 
     def describe(self) -> str:
         """What the run is about to do, in lines for the person who starts it."""
         coverage = Coverage(self.steps, self.data.tokens_per_step, self.data.blocks.shards.num_tokens)
         return describe(
             mesh=self.mesh.describe(),
-            parameters=sum(parameter.numel() for parameter in self.model.parameters()),
+            parameters=self.num_parameters,
             coverage=coverage,
             output=str(self.checkpoints.run.dir),
             steps_done=self.steps_done,

@@ -91,9 +91,8 @@ def _train(folder: str, steps: int, pipe: Connection, errors: str, die_at: str |
 def _arm(place: str) -> None:
     """Let the process kill itself just before it does what `place` names, while it saves."""
     from forgather import durable
-    from forgather.checkpoint import folder, store
+    from forgather.checkpoint import background, commit, folder
     from forgather.checkpoint.manifest import Manifest
-    from forgather.checkpoint.storage import RawWriter
 
     def instead(owner: Any, name: str, when: Callable[..., bool]) -> None:
         original = getattr(owner, name)
@@ -107,9 +106,11 @@ def _arm(place: str) -> None:
 
     match place:
         case "tensors":
-            instead(RawWriter, "write_data", lambda *_: True)
+            instead(background, "raw_bytes", lambda *_: True)
+        case "record":
+            instead(Path, "rename", lambda self, target: Path(target).suffix == ".done")
         case "layout":
-            instead(RawWriter, "finish", lambda *_, **__: True)
+            instead(commit, "write_layout", lambda *_, **__: True)
         case "manifest":
             instead(Manifest, "write", lambda *_: True)
         case "sync":
@@ -117,7 +118,7 @@ def _arm(place: str) -> None:
         case "rename":
             instead(Path, "rename", lambda self, target: self.name.endswith(".partial"))
         case "retention":
-            instead(store, "remove", lambda path: not path.name.startswith("."))
+            instead(commit, "remove", lambda path: not path.name.startswith("."))
         case "removal":
             instead(folder.shutil, "rmtree", lambda path: Path(path).name.endswith(".removed"))
         case _:

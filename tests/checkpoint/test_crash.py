@@ -33,7 +33,7 @@ def assert_only_whole_ones(run: Path) -> int:
     return max(steps, default=0)
 
 
-@pytest.mark.parametrize("place", ["tensors", "layout", "manifest", "sync", "rename", "retention", "removal"])
+@pytest.mark.parametrize("place", ["tensors", "record", "layout", "manifest", "sync", "rename", "retention", "removal"])
 def test_killed_at_each_stage_of_a_save(tmp_path: Path, undisturbed: list[str], place: str) -> None:
     run = tmp_path / "run"
     with Victim(run, 6) as victim:

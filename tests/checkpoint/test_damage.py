@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from forgather.checkpoint.keep import Keep
 from forgather.checkpoint.run_folder import RunFolder
 from forgather.checkpoint.store import CheckpointStore
 from forgather.errors import CheckpointError
@@ -35,7 +36,7 @@ def delete(file: Path, older: Path) -> None:
 def store(tmp_path: Path) -> Iterator[CheckpointStore]:
     with RunFolder(tmp_path / "run") as folder:
         folder.describe("config.yaml", "a: 1\n")
-        yield CheckpointStore(folder, keep_last=3)
+        yield CheckpointStore(folder, Keep(last=3), asynchronous=False)
 
 
 def save_steps(store: CheckpointStore, *steps: int) -> dict[int, dict[str, torch.Tensor]]:

@@ -53,7 +53,7 @@ def assert_only_step_1(run: Path) -> None:
 
 def test_a_read_only_folder(tmp_path: Path) -> None:
     with RunFolder(tmp_path / "run") as folder:
-        store = CheckpointStore(folder)
+        store = CheckpointStore(folder, asynchronous=False)
         run = Run()
         store.save(run.state, 1)
         with read_only(folder.checkpoints), pytest.raises(CheckpointError) as raised:
@@ -71,7 +71,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
     mount("-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk))
     try:
         with RunFolder(disk / "run") as folder:
-            store = CheckpointStore(folder)
+            store = CheckpointStore(folder, asynchronous=False)
             run = Run()
             store.save(run.state, 1)
             (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - 20_000))
@@ -91,7 +91,7 @@ def save_with_small_files(folder: str) -> str:
     """Save twice, the second time where no file may grow beyond 20 kB; return the error."""
     run = Run(hidden=32)
     with RunFolder(Path(folder)) as opened:
-        store = CheckpointStore(opened)
+        store = CheckpointStore(opened, asynchronous=False)
         store.save(run.state, 1)
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
@@ -119,7 +119,7 @@ def test_a_checkpoint_that_stands_is_not_said_to_be_missing(tmp_path: Path, monk
     with RunFolder(tmp_path / "run") as folder:
         refuse_to_sync(folder.checkpoints, monkeypatch)
         with pytest.raises(ForgatherError) as raised:
-            CheckpointStore(folder).save(Run().state, 1)
+            CheckpointStore(folder, asynchronous=False).save(Run().state, 1)
     assert "step-00000001 is written and whole" in raised.value.message
     assert "could not write" not in str(raised.value)
     assert raised.value.fix

@@ -46,7 +46,7 @@ def test_nothing_changed() -> None:
 
 
 def test_ranks_mesh_and_versions(tmp_path: Path) -> None:
-    saved = Manifest(step=5, world_size=2, mesh={"shard": 2}, versions=versions() | {"torch": "2.12.0"})
+    saved = Manifest(step=5, world_size=2, mesh={"pipeline": 1, "shard": 2}, versions=versions() | {"torch": "2.12.0"})
     (tmp_path / "config.yaml").write_text(OLD)
     lines = changes(Checkpoint(tmp_path, saved), config=OLD, world_size=1, mesh={})
     assert lines == [

@@ -112,24 +112,26 @@ def test_all_ranks_take_the_same_checkpoint_when_one_sees_damage(
     assert name in (tmp_path / "run" / "logs" / "run.log").read_text()
 
 
-def failing_save(folder: str) -> str:
+def failing_save(folder: str, asynchronous: bool) -> str:
     run = Run()
-    store = open_store(Path(folder))
+    store = open_store(Path(folder), asynchronous=asynchronous)
     store.save(run.state, 1)
     if rank() == 1:
         # A folder where rank 1's file belongs, made while the save is under way.
         capture = run.state.capture
 
         def capture_and_block() -> object:
-            (store.run.checkpoints / ".step-00000002.partial" / "rank-00001.bin").mkdir()
+            (store.run.checkpoints / ".step-00000002.partial" / "rank-00001.bin").mkdir(parents=True)
             return capture()
 
         run.state.capture = capture_and_block  # type: ignore[method-assign, assignment]
     try:
         store.save(run.state, 2)
+        store.finish()
     except CheckpointError as error:
         return str(error)
     finally:
+        store.close()
         store.run.close()
     return "saved"
 
@@ -159,7 +161,10 @@ def test_a_state_that_one_rank_cannot_give_fails_on_all_at_once(tmp_path: Path) 
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
-def test_when_one_rank_fails_all_say_so_and_nothing_appears(tmp_path: Path, two_ranks: RankPool) -> None:
-    messages = two_ranks.run(failing_save, str(tmp_path / "run"))
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_when_one_rank_fails_all_say_so_and_nothing_appears(
+    tmp_path: Path, two_ranks: RankPool, asynchronous: bool
+) -> None:
+    messages = two_ranks.run(failing_save, str(tmp_path / "run"), asynchronous)
     assert all("Is a directory" in message and "step-00000002" in message for message in messages), messages
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000001"]

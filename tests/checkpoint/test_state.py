@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from forgather.checkpoint.keep import Keep
 from forgather.checkpoint.run_folder import RunFolder
 from forgather.checkpoint.state import TrainState
 from forgather.checkpoint.store import CheckpointStore
@@ -15,7 +16,7 @@ from tests.checkpoint.training import Position, Run
 
 
 def saved(tmp_path: Path, state: TrainState, step: int = 1) -> CheckpointStore:
-    store = CheckpointStore(RunFolder(tmp_path / "run"))
+    store = CheckpointStore(RunFolder(tmp_path / "run"), asynchronous=False)
     store.save(state, step)
     return store
 
@@ -199,7 +200,7 @@ def test_a_state_that_no_checkpoint_can_carry_is_refused_when_it_is_saved(tmp_pa
 
 def test_only_the_newest_whole_ones_are_kept(tmp_path: Path) -> None:
     run = stepped()
-    store = CheckpointStore(RunFolder(tmp_path / "run"), keep_last=2)
+    store = CheckpointStore(RunFolder(tmp_path / "run"), Keep(last=2), asynchronous=False)
     for step in (1, 2, 3):
         store.save(run.state, step)
     (store.run.checkpoints / "step-00000003" / "state.json").unlink()
@@ -218,12 +219,12 @@ def test_a_step_is_not_written_twice(tmp_path: Path) -> None:
     store.save(run.state, 1)
     assert manifest.stat().st_ino == before
     with pytest.raises(CheckpointError, match="already there, and nothing is overwritten"):
-        CheckpointStore(store.run).save(run.state, 1)
+        CheckpointStore(store.run, asynchronous=False).save(run.state, 1)
 
 
 def test_keep_last_of_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="keep_last is 0"):
-        CheckpointStore(RunFolder(tmp_path / "run"), keep_last=0)
+    with pytest.raises(CheckpointError, match=r"keep\.last is 0"):
+        CheckpointStore(RunFolder(tmp_path / "run"), Keep(last=0))
 
 
 def test_a_name_of_an_extra_that_would_be_a_path_is_refused() -> None:

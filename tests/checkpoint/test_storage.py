@@ -1,4 +1,4 @@
-"""Raw bytes behind DCP's planner: any rectangle of what any mesh has written."""
+"""Raw bytes: any rectangle of what any mesh has written."""
 
 import math
 from collections.abc import Iterator
@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
-from forgather.checkpoint.layout import read_layout
-from forgather.checkpoint.storage import RawReader, RawWriter, read_tensor
-from forgather.checkpoint.store import calling_dcp, load_planner, save_planner
+from forgather.checkpoint.commit import merge
+from forgather.checkpoint.layout import read_layout, write_layout
+from forgather.checkpoint.part import read_part, write_part
+from forgather.checkpoint.plan import held, make_plan
+from forgather.checkpoint.storage import local_part, raw_bytes, read_into, read_tensor
+from forgather.distributed.collectives import barrier, rank, world_size
 from tests.ranks import RankPool
 
 SHAPES = [(), (1,), (7,), (5, 3), (4, 6, 2), (0, 3)]
@@ -43,13 +44,18 @@ def tensors() -> dict[str, torch.Tensor]:
 
 
 def write(folder: Path, state: dict[str, torch.Tensor]) -> None:
-    with calling_dcp("saving"):
-        save(state, storage_writer=RawWriter(folder), planner=save_planner())
+    plan = make_plan(held(state))
+    data = [(item, raw_bytes(local_part(state[item.name]).contiguous())) for item in plan.items]
+    write_part(folder, rank(), data, {}, {})
+    barrier()
+    if rank() == 0:
+        parts = [read_part(folder, number) for number in range(world_size())]
+        write_layout(folder, merge([part for part in parts if part is not None]))
+    barrier()
 
 
 def read(folder: Path, state: dict[str, torch.Tensor]) -> None:
-    with calling_dcp("loading"):
-        load(state, storage_reader=RawReader(folder), planner=load_planner())
+    read_into(folder, read_layout(folder), state)
 
 
 def test_all_shapes_and_dtypes(tmp_path: Path) -> None:
@@ -72,8 +78,8 @@ def test_tensors_that_are_not_contiguous(tmp_path: Path) -> None:
 def test_bytes_stand_where_the_layout_says(tmp_path: Path) -> None:
     write(tmp_path, {"a": torch.arange(6.0).view(2, 3)})
     layout = read_layout(tmp_path)
-    ((_, chunk),) = layout.storage_data.items()
-    content = (tmp_path / chunk.file).read_bytes()[chunk.offset : chunk.offset + chunk.length]
+    (chunk,) = layout["a"].chunks
+    content = (tmp_path / chunk.file).read_bytes()[chunk.at : chunk.at + chunk.length]
     assert torch.frombuffer(bytearray(content), dtype=torch.float32).tolist() == [0, 1, 2, 3, 4, 5]
 
 
@@ -89,19 +95,15 @@ def save_and_load_everywhere(folder: str) -> None:
         place = Path(folder) / str(number)
         place.mkdir(exist_ok=True)
         write(place, laid_out(whole, placements))
-        assert all(sum(math.prod(c.sizes) for c in t.chunks) == math.prod(t.size) for t in stored(place))
         layout = read_layout(place)
-        assert all(torch.equal(read_tensor(place, layout, name), whole[name]) for name in layout.state_dict_metadata)
+        assert all(sum(math.prod(c.sizes) for c in t.chunks) == t.numel for t in layout.values())
+        assert all(torch.equal(read_tensor(place, layout, name), whole[name]) for name in layout)
         for others in PLACEMENTS:
             loaded = laid_out({name: torch.zeros_like(tensor) for name, tensor in whole.items()}, others)
             read(place, loaded)
             for name, tensor in loaded.items():
                 assert isinstance(tensor, DTensor)
                 assert torch.equal(tensor.full_tensor(), whole[name]), (name, placements, others)
-
-
-def stored(folder: Path) -> list:
-    return list(read_layout(folder).state_dict_metadata.values())
 
 
 def test_any_mesh_loads_what_any_mesh_saved(tmp_path: Path, four_ranks: RankPool) -> None:

@@ -119,8 +119,8 @@ def newest_tensors(run: Path) -> tuple[int, dict[str, list[str]]]:
     if not steps:
         return 0, {}
     digests: dict[str, list[str]] = {}
-    for index, chunk in read_layout(run / "checkpoints" / step_name(steps[-1])).storage_data.items():
-        digests.setdefault(index.fqn, []).append(chunk.xxh3)
+    for name, tensor in read_layout(run / "checkpoints" / step_name(steps[-1])).items():
+        digests[name] = [chunk.xxh3 for chunk in tensor.chunks]
     return steps[-1], digests
 
 

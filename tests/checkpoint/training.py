@@ -97,8 +97,8 @@ class Run:
         return digest.hexdigest()
 
 
-def open_store(folder: Path, keep_last: int = 2) -> CheckpointStore:
-    return CheckpointStore(RunFolder(folder), keep_last)
+def open_store(folder: Path, *, asynchronous: bool = False) -> CheckpointStore:
+    return CheckpointStore(RunFolder(folder), asynchronous=asynchronous)
 
 
 def save_at(folder: str, steps: int, **options: Any) -> tuple[dict[str, torch.Tensor], str]:

@@ -34,7 +34,7 @@ def save_run(folder: str, *, num_steps: int = 1, **options: Any) -> dict[str, to
     run.model.generation_config.save_pretrained(package)
     with RunFolder(Path(folder)) as opened:
         opened.describe("package", package)
-        store = CheckpointStore(opened)
+        store = CheckpointStore(opened, asynchronous=False)
         for step in range(1, num_steps + 1):
             run.step()
             store.save(run.state, step)
@@ -197,7 +197,7 @@ def test_a_folder_that_is_no_run_names_the_runs_in_it(tmp_path: Path) -> None:
 def test_a_checkpoint_without_package_is_refused(tmp_path: Path) -> None:
     run = Run()
     with RunFolder(tmp_path / "run") as opened:
-        CheckpointStore(opened).save(run.state, 1)
+        CheckpointStore(opened, asynchronous=False).save(run.state, 1)
     with pytest.raises(CheckpointError, match="no model package"):
         export(tmp_path / "run", tmp_path / "out")
 

@@ -56,7 +56,7 @@ def save_run(folder: Path, package: Package, num_steps: int = 1) -> PreTrainedMo
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with RunFolder(folder) as opened:
         opened.describe("package", package.dir)
-        store = CheckpointStore(opened)
+        store = CheckpointStore(opened, asynchronous=False)
         for step in range(1, num_steps + 1):
             input_ids = torch.arange(8)[None]
             model(input_ids, labels=input_ids).loss.backward()

@@ -80,6 +80,7 @@ def make_trainer(
     dropout: float = 0.0,
     rows_per_step: int = 8,
     save_every: int | None = None,
+    asynchronous: bool = False,
     hooks: Mapping[str, Any] | None = None,
     schedule_steps: int | None = None,
 ) -> Trainer:
@@ -104,7 +105,7 @@ def make_trainer(
         mesh=mesh,
         meter=Meter(mesh.environment.device),
         reports=Reports(Console(steps), {"jsonl": JsonLines(run.logs / "metrics.jsonl"), "other": None}),
-        checkpoints=CheckpointStore(run),
+        checkpoints=CheckpointStore(run, asynchronous=asynchronous),
         steps=steps,
         evaluation=Evaluation(loss, EvaluationLoader(blocks, rows_per_forward=3, limit=7, **place), mesh),
         hooks=hooks,
