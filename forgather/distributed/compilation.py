@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from forgather.distributed.fsdp import find_blocks
-from forgather.errors import ModelError
+from forgather.distributed.blocks import blocks_for
 
 
 def apply_compile(model: nn.Module, options: bool | Mapping[str, Any]) -> int:
@@ -22,12 +21,7 @@ def apply_compile(model: nn.Module, options: bool | Mapping[str, Any]) -> int:
     """
     if options is False:
         return 0
-    blocks = list(find_blocks(model))
-    if not blocks:
-        raise ModelError(
-            f"compile is asked for, but {type(model).__name__} names no blocks",
-            fix="use compile: false, or give the class _no_split_modules",
-        )
+    blocks = blocks_for("compile", model)
     # Rows and their length are the same in every step, so a second shape is a defect and no reason for symbolic shapes.
     settings = {"dynamic": False, **(options if isinstance(options, Mapping) else {})}
     for block in blocks:

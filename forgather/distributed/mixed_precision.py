@@ -69,6 +69,9 @@ class ComputeCopies:
             else:
                 master.grad += copy.grad
             copy.grad = None
+            # As autograd does for a gradient that it accumulates itself.
+            for hook in (master._post_accumulate_grad_hooks or {}).values():
+                hook(master)
 
         if copy.requires_grad:
             copy.register_post_accumulate_grad_hook(hand_over)  # type: ignore[no-untyped-call]

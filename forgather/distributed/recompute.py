@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from forgather.distributed.fsdp import find_blocks
-from forgather.errors import ConfigError, ModelError
+from forgather.distributed.blocks import blocks_for
+from forgather.errors import ConfigError
 
 FULL, SELECTIVE, NONE = "full", "selective", "none"
 
@@ -46,13 +46,7 @@ def apply_recompute(model: nn.Module, recompute: str | int) -> int:
     every = read_recompute(recompute)
     if every == 0:
         return 0
-    blocks = list(find_blocks(model))
-    if not blocks:
-        raise ModelError(
-            f"recompute is {recompute!r}, but {type(model).__name__} names no blocks",
-            fix="use recompute: none, or give the class _no_split_modules",
-        )
-    chosen = blocks[::every]
+    chosen = blocks_for("recompute", model)[::every]
     for block in chosen:
         block.forward = Recomputed(block, selective=recompute == SELECTIVE)
     return len(chosen)

@@ -69,6 +69,12 @@ def construct(
     try:
         with torch.device("meta"):
             model: PreTrainedModel = classes.model._from_config(classes.config, **options)
+    except ImportError as error:
+        if attn_implementation is None:
+            raise
+        raise ModelError(  # transformers looks for the library that computes it
+            f"attention {attn_implementation} cannot be had here: {error}", fix="install what it needs, or use sdpa"
+        ) from error
     except ValueError as error:  # parts know nothing of Forgather and its errors
         raise ModelError(str(error), fix=_change(str(error), package)) from error
     except (TypeError, RuntimeError) as error:

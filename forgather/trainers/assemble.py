@@ -1,14 +1,19 @@
 """The one visible order in which a model becomes trainable."""
 
-from typing import Literal, Protocol
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Literal, Protocol
 
 import torch
 from transformers import PreTrainedModel
 
+from forgather.distributed.compilation import apply_compile
 from forgather.distributed.fsdp import FSDP_DEFAULTS, FsdpOptions, apply_fsdp
 from forgather.distributed.mesh import Mesh
 from forgather.distributed.mixed_precision import COMPUTE_DTYPE, Precision
+from forgather.distributed.offload import apply_offload, require_device
 from forgather.distributed.pipeline_plan import PipelinePlan
+from forgather.distributed.recompute import apply_recompute
 from forgather.distributed.tensor_parallel import apply_tensor_parallel
 from forgather.errors import ConfigError
 from forgather.models.initialize import InitRules, initialize
@@ -21,7 +26,9 @@ class ModelSource(Protocol):
     @property
     def init_rules(self) -> InitRules: ...
 
-    def construct(self, device: str = "meta", *, dtype: torch.dtype | None = None) -> PreTrainedModel: ...
+    def construct(
+        self, device: str = "meta", *, dtype: torch.dtype | None = None, attn_implementation: str | None = None
+    ) -> PreTrainedModel: ...
 
 
 def assemble(
@@ -31,6 +38,10 @@ def assemble(
     pipeline: PipelinePlan | None = None,
     precision: Precision = "fp32",
     parameter_dtype: Literal["fp32", "bf16"] = "fp32",
+    attention: str | None = None,
+    recompute: str | int = "none",
+    compile: bool | Mapping[str, Any] = False,
+    offload_activations: bool = False,
     seed: int = 0,
     sequence_parallel: bool = True,
     fsdp: FsdpOptions = FSDP_DEFAULTS,
@@ -40,6 +51,9 @@ def assemble(
     No rank ever holds the whole model, and any mesh gives the same values: each parameter is drawn by its name. A mesh
     with a pipeline needs its plan. `sequence_parallel` is that of `apply_tensor_parallel`. Parameters in bf16 take half
     the memory; computing is then in bf16 too, and an optimizer should round them stochastically (`optim.rounding`).
+
+    `attention` is transformers' name of an implementation, null the model's own choice. `recompute`, `compile` and
+    `offload_activations` are those of `apply_recompute`, `apply_compile` and `apply_offload`.
     """
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[parameter_dtype]
     if parameter_dtype == "bf16" and precision != "bf16":
@@ -47,10 +61,22 @@ def assemble(
             f"parameters in bf16 cannot compute in {precision}", fix="set precision bf16, or parameter_dtype fp32"
         )
 
+    if offload_activations:
+        require_device(mesh.environment.device)
+    if attention == "flex_attention" and mesh.environment.device.type == "cpu":
+        raise ConfigError("attention is flex_attention, which has no backward on the CPU", fix="use sdpa or eager")
+    construct = partial(source.construct, **({} if attention is None else {"attn_implementation": attention}))
+
     def make_trainable(model: PreTrainedModel, whole: PreTrainedModel | None = None) -> None:
         # All of this while there is nothing to move. Matrices are split before rows are, so that FSDP cuts what a rank
         # has of them.
         apply_tensor_parallel(model, mesh, sequence_parallel=sequence_parallel)
+        # Each inside the next: what is recomputed is compiled too, what is left to keep is offloaded, and the gathering
+        # of FSDP is outside of all, so that it happens once and is not compiled.
+        apply_recompute(model, recompute)
+        apply_compile(model, compile)
+        if offload_activations:
+            apply_offload(model, mesh.environment.device)
         apply_fsdp(model, mesh, precision, fsdp)
         model.to_empty(device=mesh.environment.device)  # memory for this rank's shards only
         # draws shards, re-makes ties, recomputes buffers outside the state dict
@@ -59,8 +85,8 @@ def assemble(
     if mesh.pipeline > 1:
         assert pipeline is not None, "a mesh with a pipeline needs its plan"
         return assemble_stages(
-            source.construct, pipeline, make_trainable, parameter_dtype=dtype, compute_dtype=COMPUTE_DTYPE[precision]
+            construct, pipeline, make_trainable, parameter_dtype=dtype, compute_dtype=COMPUTE_DTYPE[precision]
         )
-    model = source.construct(device="meta", dtype=dtype)  # shapes only, so a model of any size
+    model = construct(device="meta", dtype=dtype)  # shapes only, so a model of any size
     make_trainable(model)
     return model.train()

@@ -53,6 +53,8 @@ class FiniteWatch:
     work in flight. There the flag stays on the device: a fused optimizer reads it (`found_inf`) and leaves parameters
     and its own state alone; the host looks one step late, while the next is queued, and before that is applied. An
     optimizer that cannot read the flag is waited for.
+
+    `is_fused` says that gradients are applied before this is asked; only the error tells the difference.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class FiniteWatch:
         max_skips: int = 3,
         scale: LossScale | None = None,
         say: Callable[[str], None] | None = None,
+        is_fused: bool = False,
         deferred: bool | None = None,
     ) -> None:
         if on_non_finite not in ("stop", "skip"):
@@ -71,6 +74,7 @@ class FiniteWatch:
         self.max_skips = max_skips if on_non_finite == "skip" else 0
         self.scale = scale
         self.say = say
+        self.is_fused = is_fused
         self.skipped = 0
         self.skipped_in_a_row = 0
         reads_flag = all(group.get("fused") for group in optimizer.param_groups)
@@ -79,9 +83,9 @@ class FiniteWatch:
         self._was_sound = True
         self._last_norm = torch.zeros((), device=device)
         self._factor = torch.ones((), device=device) if scale is None else scale.factor
-        if self.deferred:
-            self._bad = torch.zeros((), device=device)
-            optimizer.found_inf = self._bad  # type: ignore[attr-defined]  # the place where torch's GradScaler puts it
+        self.flag = torch.zeros((), device=device) if self.deferred else None
+        if self.flag is not None:
+            optimizer.found_inf = self.flag  # type: ignore[attr-defined]  # the place where torch's GradScaler puts it
 
     @property
     def may_skip(self) -> bool:
@@ -98,8 +102,8 @@ class FiniteWatch:
         is_bad = numbers[:2].isfinite().all().logical_not()
         if self.scale is not None:
             self.scale.adapt(is_bad)
-        if self.deferred:
-            self._bad.copy_(is_bad)
+        if self.flag is not None:
+            self.flag.copy_(is_bad)
             return True
         return self.settle()
 
@@ -107,8 +111,9 @@ class FiniteWatch:
         """`result` as statistics may take it: of a step that is left out, nothing but its tokens counts."""
         if not self.may_skip:
             return result
-        is_bad = self._bad.bool() if self.deferred else torch.tensor(not self._was_sound, device=result.loss_sum.device)
-        zero = torch.zeros((), dtype=torch.int64, device=result.loss_sum.device)
+        device = result.loss_sum.device
+        is_bad = torch.tensor(not self._was_sound, device=device) if self.flag is None else self.flag.bool()
+        zero = torch.zeros((), dtype=torch.int64, device=device)
         self._last_norm = torch.where(is_bad, self._last_norm, result.grad_norm)
         return replace(
             result,
@@ -135,7 +140,7 @@ class FiniteWatch:
         found = f"step {evidence.step + 1}: loss {loss} and gradient norm {grad_norm} are not both finite"
         found = f"{found}; {_describe_rows(evidence)}"
         if self.skipped_in_a_row >= self.max_skips:
-            raise TrainingError(f"{found}; the step was not applied{self._history()}", fix=_FIX)
+            raise TrainingError(f"{found}; {self._damage(loss)}{self._history()}", fix=_FIX)
         self.skipped_in_a_row += 1
         self._skip(found)
         return False
@@ -144,6 +149,11 @@ class FiniteWatch:
         self.skipped += 1
         if self.say is not None:
             self.say(f"{why}; the step was left out ({self.skipped} so far)")
+
+    def _damage(self, loss: float) -> str:
+        if self.is_fused and math.isfinite(loss):
+            return "gradients that are finite were applied, as the backward made them; no checkpoint has any of it"
+        return "the step was not applied"
 
     def _history(self) -> str:
         return f", and {self.skipped_in_a_row} before it were left out in a row" if self.skipped_in_a_row else ""

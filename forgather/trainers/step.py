@@ -42,7 +42,7 @@ class LocalStep:
         for batch, is_last in mark_last(batches):
             mark_microbatch(self.model, is_last)  # reduce once a step, not once a microbatch
             loss = self.loss(batch.to(self.device)) / num_targets
-            self.update.backward(loss)
+            self.update.backward(step, loss)
             losses.append(loss.detach())
         return self.update(step, batches, losses, num_targets)
 

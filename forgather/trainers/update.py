@@ -17,6 +17,7 @@ from forgather.metrics.step_result import StepResult
 from forgather.optim.clip import GradientClip
 from forgather.optim.groups import describe_groups
 from forgather.trainers.finite import Evidence, FiniteWatch, OnNonFinite
+from forgather.trainers.fused_backward import FusedBackward, refuse_unfit
 from forgather.trainers.loss_scale import LossScale
 from forgather.trainers.reports import Reports
 
@@ -28,7 +29,9 @@ class Update:
     gradients are then gone. A step whose loss or norm is not finite changes nothing: it is left out, or stops all ranks
     with a TrainingError (see `FiniteWatch`). What is left out does not advance the schedule.
 
-    With `precision` fp16 losses are scaled, by `loss_scale` at first, so that small gradients do not vanish.
+    With `precision` fp16 losses are scaled, by `loss_scale` at first, so that small gradients do not vanish. With
+    `fuse_optimizer_with_backward` a gradient is applied and freed as soon as the backward has made it; ConfigError
+    where that cannot be, as with clipping or several of `num_microbatches`.
     """
 
     def __init__(
@@ -42,6 +45,8 @@ class Update:
         loss_scale: float = 65536.0,
         on_non_finite: OnNonFinite = "stop",
         max_skips: int = 3,
+        fuse_optimizer_with_backward: bool = False,
+        num_microbatches: int = 1,
         reports: Reports | None = None,
     ) -> None:
         self.optimizer = optimizer
@@ -63,14 +68,29 @@ class Update:
             max_skips=max_skips,
             scale=self.scale,
             say=None if reports is None else reports.note,
+            is_fused=fuse_optimizer_with_backward,
         )
+        self.fused: FusedBackward | None = None
+        if fuse_optimizer_with_backward:
+            refuse_unfit(
+                mesh,
+                precision=precision,
+                max_grad_norm=max_grad_norm,
+                num_microbatches=num_microbatches,
+                on_non_finite=on_non_finite,
+            )
+            self.fused = FusedBackward(optimizer, mesh, flag=self.watch.flag)
 
     def scaled(self, loss: Tensor) -> Tensor:
         """What to call `backward` of in place of `loss`."""
         return loss if self.scale is None else self.scale.scaled(loss)
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradients of one microbatch to those that the parameters hold."""
+    def backward(self, step: int, loss: Tensor) -> None:
+        """Add the gradients of one microbatch of a step to those that the parameters hold; fused, apply them."""
+        if self.fused is not None:
+            self._set_rates(step)
+            if not self.fused.begin(loss):
+                return
         self.scaled(loss).backward()  # type: ignore[no-untyped-call]
 
     def __call__(
@@ -84,13 +104,11 @@ class Update:
         loss_sum = self._add_up(losses)
         if self.scale is not None:
             self.scale.unscale(parameter.grad for parameter in self.parameters if parameter.grad is not None)
-        grad_norm, loss = self.clip.norm(riding=loss_sum)
+        grad_norm, loss = (self.fused or self.clip).norm(riding=loss_sum)
         is_sound = self.watch.observe(Evidence(step, batches, losses), loss, grad_norm)
-        factor = self.schedule(step - self.watch.skipped)  # of the steps before this one
-        if is_sound:
+        factor = self._set_rates(step)  # now that it is known whether the step before was left out
+        if is_sound and self.fused is None:
             self.clip.scale(grad_norm)
-            for group, peak in zip(self.optimizer.param_groups, self.peak_lrs, strict=True):
-                group["lr"] = peak * factor
             self.optimizer.step()
         self.optimizer.zero_grad()
         result = StepResult(loss_sum, num_targets, grad_norm, self.lr * factor, self._count_tokens(batches))
@@ -129,10 +147,18 @@ class Update:
     def describe(self) -> list[str]:
         """Lines for the person who starts the run: optimizer and groups."""
         limit = "not clipped" if self.clip.max_norm is None else f"clipped to norm {self.clip.max_norm:g}"
+        fused = "" if self.fused is None else ", fused with the backward"
         return [
-            f"optimizer: {type(self.optimizer).__name__}, peak lr {self.lr:g}, gradients {limit}",
+            f"optimizer: {type(self.optimizer).__name__}{fused}, peak lr {self.lr:g}, gradients {limit}",
             f"groups: {describe_groups(self.optimizer)}",
         ]
+
+    def _set_rates(self, step: int) -> float:
+        """Give the optimizer's groups their learning rates; the factor by which they differ from the peak."""
+        factor = self.schedule(step - self.watch.skipped)
+        for group, peak in zip(self.optimizer.param_groups, self.peak_lrs, strict=True):
+            group["lr"] = peak * factor
+        return factor
 
     def _add_up(self, losses: Sequence[Tensor]) -> Tensor:
         total = torch.zeros((), device=self.device)

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from forgather.distributed.compilation import apply_compile
 from forgather.distributed.mixed_precision import ComputeCopies
+from forgather.distributed.offload import apply_offload
 from forgather.distributed.recompute import apply_recompute, read_recompute
 from forgather.errors import ConfigError, ModelError
 from forgather.trainers.loss import CausalLoss
@@ -109,10 +110,13 @@ def test_other_words_are_refused(recompute):
 def test_a_model_that_names_no_blocks_is_refused():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2))
     apply_recompute(model, "none")
-    with pytest.raises(ModelError, match="Sequential names no blocks"):
-        apply_recompute(model, "full")
-    with pytest.raises(ModelError, match="Sequential names no blocks"):
-        apply_compile(model, True)
+    for option, apply in (
+        ("recompute", lambda: apply_recompute(model, "full")),
+        ("compile", lambda: apply_compile(model, True)),
+        ("offload_activations", lambda: apply_offload(model, torch.device("cuda"))),
+    ):
+        with pytest.raises(ModelError, match=f"{option} acts on the blocks of a model, and Sequential does not name"):
+            apply()
 
 
 def test_less_is_kept_for_the_backward():
