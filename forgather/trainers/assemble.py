@@ -65,7 +65,8 @@ def assemble(
         require_device(mesh.environment.device)
     if attention == "flex_attention" and mesh.environment.device.type == "cpu":
         raise ConfigError("attention is flex_attention, which has no backward on the CPU", fix="use sdpa or eager")
-    construct = partial(source.construct, **({} if attention is None else {"attn_implementation": attention}))
+    options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    construct = partial(source.construct, **options)
 
     def make_trainable(model: PreTrainedModel, whole: PreTrainedModel | None = None) -> None:
         # All of this while there is nothing to move. Matrices are split before rows are, so that FSDP cuts what a rank
