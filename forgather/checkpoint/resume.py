@@ -5,21 +5,30 @@ from typing import Any
 
 import yaml
 
-from forgather.checkpoint.manifest import Manifest, versions
+from forgather.checkpoint.manifest import Manifest
 from forgather.checkpoint.store import Checkpoint
 
 
 def changes(checkpoint: Checkpoint, *, config: str, world_size: int, mesh: Mapping[str, int]) -> list[str]:
     """One line for each change: configuration keys as `key: old -> new`, ranks, mesh, versions. Today's values win."""
+    return _changes(checkpoint, config, Manifest(checkpoint.step, world_size, mesh))
+
+
+def differences(left: Checkpoint, right: Checkpoint) -> list[str]:
+    """The same for two checkpoints, from the first to the second."""
+    return _changes(left, right.config, right.manifest)
+
+
+def _changes(before: Checkpoint, config: str | None, after: Manifest) -> list[str]:
     lines = []
-    if checkpoint.config is not None:
-        lines += changed_keys(checkpoint.config, config)
-    saved: Manifest = checkpoint.manifest
-    if saved.world_size != world_size:
-        lines.append(f"ranks: {saved.world_size} -> {world_size}")
-    if _mesh(saved.mesh) != _mesh(mesh):
-        lines.append(f"mesh: {_mesh(saved.mesh)} -> {_mesh(mesh)}")
-    for name, version in versions().items():
+    saved = before.manifest
+    if before.config is not None and config is not None:
+        lines += changed_keys(before.config, config)
+    if saved.world_size != after.world_size:
+        lines.append(f"ranks: {saved.world_size} -> {after.world_size}")
+    if _mesh(saved.mesh) != _mesh(after.mesh):
+        lines.append(f"mesh: {_mesh(saved.mesh)} -> {_mesh(after.mesh)}")
+    for name, version in after.versions.items():
         if saved.versions.get(name) != version:
             lines.append(f"version of {name}: {saved.versions.get(name, 'unknown')} -> {version}")
     return lines
