@@ -8,7 +8,7 @@ import signal
 from argparse import ArgumentTypeError
 
 from forgather.cli.options import Options
-from forgather.cli.parser import CommandParser
+from forgather.cli.parser import CommandParser, UsageError
 from forgather.distributed.devices import count_cuda_devices
 from forgather.distributed.failure import die_with_parent
 
@@ -22,6 +22,18 @@ def configure(parser: CommandParser) -> None:
     """How many ranks, and whether to begin anew."""
     parser.add_argument(
         "--nproc", type=_count, metavar="N", help="ranks on this host (default: one a CUDA device, or 1 on CPU)"
+    )
+    parser.add_argument(
+        "--nnodes", type=_nodes, metavar="N or MIN:MAX", help="hosts that train together; of MIN:MAX some may be lost"
+    )
+    parser.add_argument(
+        "--rdzv-endpoint", metavar="HOST:PORT", help="where the hosts meet: one of them, the same words on all"
+    )
+    parser.add_argument(
+        "--max-restarts",
+        type=_restarts,
+        metavar="N",
+        help="how often to start again from the newest checkpoint after a rank or host is lost (default: 0)",
     )
     parser.add_argument(
         "--fresh",
@@ -38,7 +50,8 @@ def configure(parser: CommandParser) -> None:
     parser.epilog = (
         "Words after `--` are handed to torchrun, which then starts the ranks even when there is one.\n"
         "Started by torchrun, this command is a rank: torchrun --nproc-per-node 8 -m forgather train\n"
-        "Exit codes: 0 done, 2 something to mend, 1 a defect of ours."
+        "SIGTERM and Ctrl-C let a run save and end after its step; a second Ctrl-C ends it at once.\n"
+        "Exit codes: 0 done, 75 stopped and saved (the same command goes on), 2 something to mend, 1 a defect of ours."
     )
 
 
@@ -53,12 +66,14 @@ def run(options: Options) -> int:
     project = options.project
     device = project.argument("device") if "device" in project.parameters else None
     processes = options.nproc or (device != "cpu" and count_cuda_devices()) or 1
-    if processes == 1 and not options.rest:
+    extra = _of_torchrun(options)
+    if processes == 1 and not extra:
         return _train(options)
     from forgather.distributed.launcher import launch
 
     words = options.argv[: options.argv.index("--")] if "--" in options.argv else options.argv
-    return launch("forgather", words, processes, options.rest)
+    timeout_s = project.argument("collective_timeout_s") if "collective_timeout_s" in project.parameters else 0.0
+    return launch("forgather", words, processes, extra, timeout_s=timeout_s)
 
 
 def _train(options: Options) -> int:
@@ -67,6 +82,37 @@ def _train(options: Options) -> int:
     return run_worker(
         options.project, fresh=options.fresh, dry_run=options.dry_run, refresh_model=options.refresh_model
     )
+
+
+def _of_torchrun(options: Options) -> list[str]:
+    """The arguments of torchrun that our flags and the words after `--` come to."""
+    meets_elsewhere = any(word.startswith(("--rdzv", "--master")) for word in options.rest)
+    most = int(options.nnodes.rpartition(":")[2]) if options.nnodes else 1
+    if most > 1 and not (options.rdzv_endpoint or meets_elsewhere):
+        raise UsageError(
+            f"--nnodes {options.nnodes} needs a place to meet",
+            fix="--rdzv-endpoint HOST:29500 on every host, where HOST is one of them",
+        )
+    words = [f"--nnodes={options.nnodes}"] if options.nnodes else []
+    if options.rdzv_endpoint:
+        words += ["--rdzv-backend=c10d", f"--rdzv-endpoint={options.rdzv_endpoint}"]
+    if options.max_restarts:
+        words.append(f"--max-restarts={options.max_restarts}")
+    return [*words, *options.rest]
+
+
+def _nodes(text: str) -> str:
+    least, colon, most = text.partition(":")
+    numbers = [least, most] if colon else [least]
+    if not all(number.isdecimal() for number in numbers) or not 1 <= int(least) <= int(most or least):
+        raise ArgumentTypeError(f"{text!r} is not a number of hosts; write 4, or 2:4 for two to four")
+    return text
+
+
+def _restarts(text: str) -> int:
+    if not text.isdecimal():
+        raise ArgumentTypeError(f"{text!r} is not a number of restarts; write 0 or more")
+    return int(text)
 
 
 def _count(text: str) -> int:

@@ -14,7 +14,11 @@ from typing import Self
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
+from forgather.distributed.failure import explain_with
+from forgather.distributed.roll_call import ANSWER_S, RollCall, explain
+from forgather.distributed.timeouts import check_collective_timeout
 from forgather.errors import DistributedError
 
 
@@ -41,6 +45,7 @@ class Environment:
         self.rank = dist.get_rank() if dist.is_initialized() else _read_number("RANK", 0)
         self.world_size = dist.get_world_size() if dist.is_initialized() else _read_number("WORLD_SIZE", 1)
         self.local_rank = _read_number("LOCAL_RANK", 0)
+        check_collective_timeout(timeout_s, ANSWER_S)
         self.device = _choose_device(device, self.local_rank)
         if self.is_cuda:
             torch.cuda.set_device(self.device)
@@ -52,14 +57,17 @@ class Environment:
             torch.use_deterministic_algorithms(True)
         if seed is not None:
             _seed_generators(seed, self.rank)
+        self._timeout = timedelta(seconds=timeout_s)
+        self._roll_call: RollCall | None = None
         self._owns_group = "RANK" in os.environ and not dist.is_initialized()
         if self._owns_group:
             # Gloo serves beside NCCL: small agreements between ranks then need no device synchronisation.
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if self.is_cuda else "gloo",
-                timeout=timedelta(seconds=timeout_s),
+                timeout=self._timeout,
                 device_id=self.device if self.is_cuda else None,
             )
+            self._watch_collectives(timeout_s)
 
     @property
     def is_main(self) -> bool:
@@ -78,8 +86,24 @@ class Environment:
         threads = torch.get_num_threads()
         return f"{processes} on {self.device.type}, {threads} thread{'s' if threads != 1 else ''} each"
 
+    def bound_collectives(self) -> None:
+        """Let the timeout hold in every group there is: torch gives each new one 10 or 30 minutes, whatever we say."""
+        if self._owns_group:
+            for group in list(distributed_c10d._world.pg_map):
+                distributed_c10d._set_pg_timeout(self._timeout, group)
+
+    def _watch_collectives(self, timeout_s: float) -> None:
+        if self.world_size > 1:
+            store = distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]  # not in its stubs
+            self._roll_call = RollCall(store, self.rank, self.world_size, timeout_s)
+            self._roll_call.start()
+            explain_with(explain)
+
     def close(self) -> None:
         """Leave the process group that this environment joined."""
+        if self._roll_call is not None:
+            self._roll_call.close()
+            self._roll_call = None
         if self._owns_group and dist.is_initialized():
             dist.destroy_process_group()
         self._owns_group = False

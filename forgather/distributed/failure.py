@@ -35,6 +35,10 @@ from forgather.errors import (
 FOLDER_VARIABLE = "FORGATHER_FAILURES"  # set by the launcher for its ranks
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_SLOW = "see that rank's log; if it was only slow, raise collective_timeout_s"
+
+# Says of an error of which kind it is, if it can: distributed.roll_call, which imports torch, puts itself here.
+_explanations: list[Callable[[BaseException], str | None]] = []
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,10 @@ class Failure:
         if isinstance(error, BrokenPipeError):  # nobody's mistake, and there is nobody to tell
             user = ForgatherError("whoever read the output has gone")
             user.exit_code = EXIT_BROKEN_PIPE
+        said = None if user else next((text for explain in _explanations if (text := explain(error))), None)
+        if said is not None:  # nobody's defect, and nothing that another start would not mend
+            user = ForgatherError(said, fix=_SLOW)
+            user.exit_code = EXIT_INTERNAL
         return cls(
             rank=int(os.environ["RANK"]),
             world_size=int(os.environ.get("WORLD_SIZE", "1")),
@@ -150,6 +158,12 @@ def _is_first() -> bool:
         return store.add(f"forgather/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1) == 1
     except DistError:  # the agent has gone
         return True
+
+
+def explain_with(explain: Callable[[BaseException], str | None]) -> None:
+    """Let `explain` say of an internal error what it means; None where it does not know."""
+    if explain not in _explanations:
+        _explanations.append(explain)
 
 
 def clear_failures(folder: Path) -> None:

@@ -72,6 +72,7 @@ def _work(project: Project, session: Any, environment: Environment, log: RankLog
             if environment.is_main:
                 print(f"dry run: the next batch has loss {loss:.4f}; nothing was trained")
             return EXIT_OK
+        environment.bound_collectives()  # of all groups, now that each part has made its own
         trainer.meter.ledger.count_from_birth()  # imports and set-up are start-up
         return _end(trainer, trainer.run())
     finally:
