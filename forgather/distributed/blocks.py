@@ -1,9 +1,16 @@
 """The repeated layers of a model, on which options act that change how they run and not what they compute."""
 
+from collections.abc import Iterator
+
 from torch import nn
 
-from forgather.distributed.fsdp import find_blocks
 from forgather.errors import ModelError
+
+
+def find_blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules whose class the model names in `_no_split_modules`, in order; none where it names none."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    return (module for module in model.modules() if type(module).__name__ in names)
 
 
 def blocks_for(option: str, model: nn.Module) -> list[nn.Module]:

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from forgather.distributed import exchange
 from forgather.distributed.exchange import Group
+from forgather.distributed.tensor_random import OwnStream
 from forgather.errors import DistributedError
 from forgather.tensor_boxes import local_box
 
@@ -28,14 +29,17 @@ SEQUENCE = 1  # the dimension of the tokens in [B, L, D]
 
 @dataclass
 class Shared:
-    """An exchanged input for the layers that read the same: queries, keys and values are one exchange, not three."""
+    """What the layers that begin a split part know together: queries, keys and values read one input, exchanged once."""
 
     source: Tensor | None = None
     version: int = -1
     result: Tensor | None = None
+    own_stream: OwnStream | None = None  # of what is drawn between these layers and the one that ends the part
 
-    def forget(self) -> None:
+    def end(self) -> None:
         self.source = self.result = None
+        if self.own_stream is not None:
+            self.own_stream.leave()
 
 
 @dataclass
@@ -93,6 +97,8 @@ class SplitByOutput(Whole):
     def forward(self, x: Tensor) -> Any:
         part = self._part
         x = _enter_once(x, part)
+        if part.shared is not None and part.shared.own_stream is not None and self.training:
+            part.shared.own_stream.enter(x.device)
         with _lent(self):
             y: Tensor = super(Whole, self).forward(x)
         return exchange.gather(y, y.dim() - 1, part.size, part.group) if part.gathers_output else y
@@ -104,7 +110,7 @@ class SplitByInput(Whole):
     def forward(self, x: Tensor) -> Any:
         part = self._part
         if part.shared is not None:
-            part.shared.forget()
+            part.shared.end()
         if part.splits_input:
             x = exchange.split(x, x.dim() - 1, part.group)
         with _lent(self, without=("bias",)):
@@ -167,6 +173,17 @@ def split_tokens(first: nn.Module, last: nn.Module, group: Group) -> None:
 
     _change_input(first, split)
     last.register_forward_hook(gather)
+
+
+def draw_apart(block: nn.Module, own_stream: OwnStream) -> None:
+    """Let what is drawn in a block, whose tokens are split, be other numbers on each rank."""
+
+    def enter(module: nn.Module, _args: Any, _kwargs: Any) -> None:
+        if module.training and torch.is_grad_enabled():
+            own_stream.enter(next(module.parameters()).device)
+
+    block.register_forward_pre_hook(enter, with_kwargs=True)
+    block.register_forward_hook(lambda *_: own_stream.leave(), always_call=True)
 
 
 def gather_tokens(module: nn.Module, group: Group) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from forgather.distributed.fsdp import find_blocks
+from forgather.distributed.blocks import find_blocks
 from forgather.distributed.mesh import Mesh
 from forgather.distributed.tensor_layers import (
     Part,
@@ -18,6 +18,7 @@ from forgather.distributed.tensor_layers import (
     SplitByToken,
     Whole,
     WholeForHeads,
+    draw_apart,
     gather_tokens,
     make_part,
     split_tokens,
@@ -30,6 +31,7 @@ from forgather.distributed.tensor_plan import (
     read_plan,
     reason_against_split_sequence,
 )
+from forgather.distributed.tensor_random import OwnStream, drops_out
 from forgather.errors import DistributedError
 
 _SPLIT = "_forgather_split"  # the attribute of a model in which apply_tensor_parallel notes what it did
@@ -52,6 +54,10 @@ def apply_tensor_parallel(model: nn.Module, mesh: Mesh, *, sequence_parallel: bo
     names = {module: name for name, module in model.named_modules()}
     in_blocks = {module for block in blocks for module in block.modules()} if reason is None else set()
     shared = _shared_inputs(styles)
+    own_stream = OwnStream(mesh.coordinate("tensor"))
+    for parent, inputs in shared.items():
+        if reason is not None and _splits_heads(parent, styles) and drops_out(model.get_submodule(parent)):
+            inputs.own_stream = own_stream
     placed: dict[Tensor, nn.Parameter] = {}
     for module, name in names.items():
         if not any(parameter is not None for parameter in module._parameters.values()):
@@ -71,7 +77,10 @@ def apply_tensor_parallel(model: nn.Module, mesh: Mesh, *, sequence_parallel: bo
             for child in block.children():
                 if any(names[module] in styles for module in child.modules()):
                     gather_tokens(child, group)
-    model.__dict__[_SPLIT] = "tokens split between layers" if reason is None else f"tokens not split ({reason})"
+            if drops_out(block):
+                draw_apart(block, own_stream)
+    tokens = "and so are tokens between them" if reason is None else f"tokens are not ({reason})"
+    model.__dict__[_SPLIT] = f"layers split over {mesh.tensor} ranks, {tokens}"
 
 
 def describe_split(model: nn.Module) -> str | None:
@@ -94,6 +103,11 @@ def _shared_inputs(styles: dict[str, str]) -> dict[str, Shared]:
     """One for each module that has layers split by output and, to end with, a layer split by input."""
     parents = {name.rpartition(".")[0] for name, style in styles.items() if style in BY_INPUT}
     return {parent: Shared() for parent in parents}
+
+
+def _splits_heads(parent: str, styles: dict[str, str]) -> bool:
+    """Whether what lies between the layers of `parent` is split: where outputs are gathered all ranks compute it."""
+    return any(style == "colwise" for name, style in styles.items() if name.rpartition(".")[0] == parent)
 
 
 def _place_parameters(

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from forgather.distributed.tensor_random import drops_out
 from forgather.errors import DistributedError
 
 # transformers' names for what we know to do; styles of experts (packed_colwise, moe_tp_experts) are not among them.
@@ -57,6 +58,8 @@ def reason_against_split_sequence(model: nn.Module, blocks: list[nn.Module], sty
         for child in block.children():
             owners = [module for module in child.modules() if any(True for _ in module.parameters(recurse=False))]
             split = {styles[names[module]] for module in child.modules() if names[module] in styles}
+            if split.difference(("colwise", "rowwise", *WHOLE_FOR_HEADS, *WHOLE)) and drops_out(child):
+                return f"{names[child]} drops out what its plan lets all ranks compute"
             if split and not split.intersection(BY_INPUT):
                 return f"its plan does not say where {names[child]} ends"
             if split:
