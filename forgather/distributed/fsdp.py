@@ -8,7 +8,7 @@ weight is a plain tensor there and the loss can be computed from it without ever
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -34,12 +34,13 @@ _SPREAD = "_forgather_spread"  # the attribute of a model in which apply_fsdp no
 class FsdpOptions:
     """How FSDP2 trades memory for speed.
 
-    `reshard_after_forward` frees a block's parameters until its backward: less memory, one more gather. `cpu_offload`
-    keeps parameters, gradients and optimizer state in the host's memory between uses. `prefetch` is how many blocks
-    ahead are gathered; 0 leaves that to FSDP2, which gathers the next one.
+    `reshard_after_forward` frees a block's parameters until its backward: less memory, one more gather. auto does so,
+    but not in a pipeline, where each microbatch would gather anew. `cpu_offload` keeps parameters, gradients and
+    optimizer state in the host's memory between uses. `prefetch` is how many blocks ahead are gathered; 0 leaves that to
+    FSDP2, which gathers the next one.
     """
 
-    reshard_after_forward: bool = True
+    reshard_after_forward: bool | Literal["auto"] = "auto"
     cpu_offload: bool = False
     prefetch: int = 0
 
@@ -55,10 +56,13 @@ class Spread:
     num_groups: int = 0  # 0: parameters are not sharded
     replicas: Replicas | None = None
     offloaded: bool = False
+    reshards: bool = False
+    copies: ComputeCopies | None = None
 
     def describe(self) -> str:
         if self.num_groups:
             words = f"FSDP2 in {self.num_groups} group{'s' if self.num_groups > 1 else ''}"
+            words += ", blocks freed after forward" if self.reshards else ""
             return f"{words}{', offloaded to CPU memory' if self.offloaded else ''}, {self.precision}"
         return f"{'not sharded' if self.replicas is None else 'replicated'}, {self.precision}"
 
@@ -82,9 +86,8 @@ def apply_fsdp(
     if mesh.shard == 1:
         # Before the copies: their hook, which comes then, puts others in the parameters' places.
         replicas = Replicas(model, mesh.data_group or _get_default_group()) if mesh.replicate > 1 else None
-        if dtype is not None:
-            ComputeCopies(model, dtype)
-        _remember(model, Spread(precision, replicas=replicas))
+        copies = None if dtype is None else ComputeCopies(model, dtype)
+        _remember(model, Spread(precision, replicas=replicas, copies=copies))
         return
     # Inputs are not cast: with bf16 parameters every activation is bf16 already, and a cast at each block would round
     # what a model deliberately passes on in fp32, which the world of one does not do.
@@ -99,8 +102,10 @@ def apply_fsdp(
         "offload_policy": CPUOffloadPolicy() if options.cpu_offload else OffloadPolicy(),
         "shard_placement_fn": partial(_place, mesh.shard),
     }
+    asked = options.reshard_after_forward
+    reshards = mesh.pipeline == 1 if asked == "auto" else asked
     for block in blocks:
-        fully_shard(block, **settings, reshard_after_forward=options.reshard_after_forward)
+        fully_shard(block, **settings, reshard_after_forward=reshards)
     fully_shard(model, **settings)
     if options.prefetch:
         _prefetch([block for block in blocks if isinstance(block, FSDPModule)], options.prefetch)
@@ -108,7 +113,15 @@ def apply_fsdp(
         # The divisor alone would ask for a scaled sum, which gloo does not have; together they mean: just add up.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    _remember(model, Spread(precision, num_groups=len(blocks) + 1, offloaded=options.cpu_offload))
+    _remember(
+        model,
+        Spread(
+            precision,
+            num_groups=len(blocks) + 1,
+            offloaded=options.cpu_offload,
+            reshards=reshards and bool(blocks),
+        ),
+    )
 
 
 def _prefetch(groups: list[FSDPModule], number: int) -> None:
@@ -178,6 +191,12 @@ def sum_replicas(model: nn.Module) -> None:
     replicas = _spread(model).replicas
     if replicas is not None:
         replicas.finish()
+
+
+def computed_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """What a forward of `model` has taken for its parameters: those that are lent in a lower precision, or its own."""
+    copies = _spread(model).copies
+    return list(model.parameters()) if copies is None else copies.lent()
 
 
 def reshard(model: nn.Module) -> None:

@@ -33,6 +33,11 @@ class ComputeCopies:
         model.register_forward_pre_hook(self._lend)
         model.register_forward_hook(self._take_back, always_call=True)
 
+    def lent(self) -> list[nn.Parameter]:
+        """What the last forward has computed with: copies, and the parameters that need none."""
+        copied = {id(master): copy for _, _, master, copy in self._slots}
+        return [copied.get(id(parameter), parameter) for parameter in self.model.parameters()]
+
     def _lend(self, _model: nn.Module, _args: Any) -> None:
         if any(module._parameters[name] is not master for module, name, master, _ in self._slots) or not self._slots:
             self._slots = self._make_slots()

@@ -15,7 +15,7 @@ from forgather.distributed.offload import apply_offload, require_device
 from forgather.distributed.pipeline_plan import PipelinePlan
 from forgather.distributed.recompute import apply_recompute
 from forgather.distributed.tensor_parallel import apply_tensor_parallel
-from forgather.errors import ConfigError
+from forgather.errors import ConfigError, DistributedError
 from forgather.models.initialize import InitRules, initialize
 from forgather.trainers.pipeline_assemble import assemble_stages
 
@@ -85,6 +85,11 @@ def assemble(
 
     if mesh.pipeline > 1:
         assert pipeline is not None, "a mesh with a pipeline needs its plan"
+        if pipeline.schedule.splits_backward and fsdp.reshard_after_forward is True and mesh.shard > 1:
+            raise DistributedError(
+                f"schedule {pipeline.schedule.name} makes gradients of weights when their blocks would be freed again",
+                fix="use model.fsdp.reshard_after_forward auto or false, or a schedule without zero bubble",
+            )
         return assemble_stages(
             construct, pipeline, make_trainable, parameter_dtype=dtype, compute_dtype=COMPUTE_DTYPE[precision]
         )
