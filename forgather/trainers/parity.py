@@ -86,9 +86,9 @@ def compare_plans(
 def record_plan(send: Callable[[Any], None], project: Project, steps: int) -> None:
     """What one rank of a plan does: rank 0 sends the names of the parameters, then lists of readings.
 
-    No run folder is opened and nothing of a run is written.
+    Reports are left out: they belong to a run's folder, and none is opened.
     """
-    session = project.session()
+    session = project.session({"reports": None} if project.has("reports") else {})
     model, optimizer, data, step = (session.build(target) for target in ("model", "optimizer", "data", "step"))
     recorder = Recorder(step, model, optimizer, send)
     if rank() == 0:
