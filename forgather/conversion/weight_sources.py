@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from forgather.checkpoint.manifest import MANIFEST
-from forgather.checkpoint.storage import read_tensor
+from forgather.checkpoint.storage import read_into, read_tensor
 from forgather.checkpoint.store import Checkpoint, visible_checkpoint
 from forgather.conversion.checkpoint_model import candidates, weight_kinds
 from forgather.conversion.safetensors_file import DTYPE_NAMES, TensorKind
@@ -68,7 +68,7 @@ def open_weights(path: Path) -> WeightSource:
             for name in HUGGING_FACE_FILES:
                 if (path / name).exists():
                     return open_weights(path / name)
-        return _CheckpointSource(path)
+        return CheckpointSource(path)
     if not path.exists():
         raise CheckpointError(f"{path} is not there", fix="name a checkpoint, a run, a Hugging Face folder, or a file")
     if path.name.endswith(".index.json"):
@@ -82,7 +82,7 @@ def open_weights(path: Path) -> WeightSource:
     )
 
 
-class _CheckpointSource:
+class CheckpointSource:
     """The model's part of a checkpoint; of a run, its newest where no damage shows."""
 
     def __init__(self, path: Path) -> None:
@@ -92,6 +92,11 @@ class _CheckpointSource:
 
     def read(self, name: str) -> torch.Tensor:
         return read_tensor(self.path, self._checkpoint.layout, f"model/{name}")
+
+    def read_into(self, targets: Mapping[str, torch.Tensor]) -> None:
+        """Fill what this rank has of each of `targets`, and read no more than that."""
+        layout = {name.removeprefix("model/"): stored for name, stored in self._checkpoint.layout.items()}
+        read_into(self.path, layout, targets)
 
 
 def _newest_whole(path: Path) -> Checkpoint:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from forgather.checkpoint.state import TrainState
@@ -44,6 +44,12 @@ class Step(Protocol):
     def describe(self) -> Sequence[str]: ...
 
 
+class Start(Protocol):
+    """Weights for a run that has none yet: `conversion.starting_weights.StartingWeights` is one."""
+
+    def load(self, weights: Mapping[str, Tensor], tied: Mapping[str, str]) -> str | None: ...
+
+
 class Trainer:
     """Trains `model` for `steps` steps, going on from the newest whole checkpoint there is.
 
@@ -65,6 +71,7 @@ class Trainer:
         reports: Reports,
         checkpoints: CheckpointStore,
         steps: int,
+        init_from: Start | None = None,
         evaluation: Evaluation | None = None,
         control: Control | None = None,
         hooks: Mapping[str, Any] | None = None,
@@ -82,6 +89,7 @@ class Trainer:
         self.reports = reports
         self.checkpoints = checkpoints
         self.steps = steps
+        self.init_from = init_from
         self.evaluation = evaluation
         self.control = control or Control(signals=False)
         self.hooks = Hooks({"of control": self.control, **(hooks or {})})
@@ -146,11 +154,18 @@ class Trainer:
         return outcome
 
     def resume(self) -> Checkpoint | None:
-        """Load the newest whole checkpoint, if there is one, and return it; all ranks call it, before `run`."""
+        """Load the newest whole checkpoint and return it; without one, the weights to begin with, if there are any.
+
+        All ranks call it, before `run`.
+        """
         checkpoint = self.checkpoints.newest()
         if checkpoint is not None:
             self.checkpoints.load(self.state, checkpoint)
             self.steps_done = self.saved_at = checkpoint.step
+        elif self.init_from is not None:
+            tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+            if (said := self.init_from.load(self.state.weights(), tied)) is not None:
+                self.checkpoints.run.say(said)
             self.steps = self._last_step()
         return checkpoint
 

@@ -1,0 +1,102 @@
+"""The weights that a run begins with, out of any checkpoint or Hugging Face folder, straight into today's shards."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from forgather.checkpoint.storage import local_part
+from forgather.conversion.listing import listed
+from forgather.conversion.model_folder import tokenizer_in
+from forgather.conversion.weight_sources import CheckpointSource, WeightSource, open_weights
+from forgather.distributed.collectives import failing_together, gather_objects
+from forgather.errors import CheckpointError
+from forgather.tensor_boxes import local_box
+
+
+class StartingWeights:
+    """What a run that has no checkpoint of its own begins with: the weights in `path`, or with null those it has drawn.
+
+    `path` is a checkpoint or a run (its newest), a Hugging Face folder, or one of its files. Weights alone are taken;
+    learning rate, schedule, step and place in the data are the new run's. `tokenizer` is the run's: the weights of a
+    token are of use only where it is the same token.
+    """
+
+    def __init__(self, path: str | Path | None, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        self.path = None if path is None else Path(path)
+        self.tokenizer = tokenizer
+
+    def load(self, weights: Mapping[str, torch.Tensor], tied: Mapping[str, str]) -> str | None:
+        """Fill `weights`, which may be sharded, and say what was done; None where there is nothing to begin with.
+
+        Collective: each rank gives its own part of the model. `tied` maps names to those that they are tied to.
+        CheckpointError, before a weight is changed, when shapes differ (both are listed), when the folder lacks a
+        weight, and when its tokenizer is another.
+        """
+        if self.path is None:
+            return None
+        with failing_together():
+            source = open_weights(self.path)
+            self._require_same_tokenizer()
+        chosen = {name: found for name in weights if (found := _stored_name(name, source, tied)) is not None}
+        shapes = {
+            name: (list(weights[name].shape), list(source.kinds[there].shape))
+            for name, there in chosen.items()
+            if tuple(weights[name].shape) != source.kinds[there].shape
+        }
+        everywhere = gather_objects(([name for name in weights if name not in chosen], shapes, set(chosen.values())))
+        _require_fit(
+            source,
+            missing=sorted({name for names, _, _ in everywhere for name in names}),
+            differing={name: both for _, differing, _ in everywhere for name, both in differing.items()},
+        )
+        with failing_together(), torch.no_grad():
+            _fill(source, {there: weights[name] for name, there in chosen.items()})
+        used = set().union(*(names for _, _, names in everywhere)) | tied.keys()
+        unused = [name for name in source.kinds if name not in used]
+        return f"beginning with the weights in {source.path}" + (f"; not used:{listed(unused)}" if unused else "")
+
+    def _require_same_tokenizer(self) -> None:
+        assert self.path is not None, "there is a folder to look into"
+        theirs = tokenizer_in(self.path)
+        if theirs is None or self.tokenizer is None or theirs.get_vocab() == self.tokenizer.get_vocab():
+            return
+        raise CheckpointError(
+            f"the tokenizer in {self.path} has {len(theirs)} tokens, and this run's, with {len(self.tokenizer)}, is "
+            "another: rows of the embedding would stand for other tokens",
+            fix="extend lib:train/fine_tune.yaml, which takes model and tokenizer from there",
+        )
+
+
+def _stored_name(name: str, source: WeightSource, tied: Mapping[str, str]) -> str | None:
+    """What the source calls a weight: by its name, or by one that is tied to it."""
+    names = [name, *(alias for alias, known in tied.items() if known == name)]
+    return next((candidate for candidate in names if candidate in source.kinds), None)
+
+
+def _require_fit(
+    source: WeightSource, missing: list[str], differing: Mapping[str, tuple[list[int], list[int]]]
+) -> None:
+    if differing:
+        lines = [f"{name} {here}, {there}" for name, (here, there) in differing.items()]
+        raise CheckpointError(
+            f"{source.path} is of another model than this run; in this run, and in the folder:{listed(lines)}",
+            fix="leave the sizes to the folder: extend lib:train/fine_tune.yaml; or give the run's model the same",
+        )
+    if missing:
+        raise CheckpointError(
+            f"{source.path} has no value for{listed(missing)}",
+            fix="begin with a model of this architecture; `forgather import` brings in that of another",
+        )
+
+
+def _fill(source: WeightSource, targets: Mapping[str, torch.Tensor]) -> None:
+    if isinstance(source, CheckpointSource):
+        source.read_into(targets)
+        return
+    for name in source.kinds:  # in the order of the source, which is that of its files
+        if name in targets:
+            offsets, sizes = local_box(targets[name])
+            region = tuple(slice(at, at + size) for at, size in zip(offsets, sizes, strict=True))
+            local_part(targets[name]).copy_(source.read(name)[region])
