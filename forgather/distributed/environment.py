@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from forgather.distributed.failure import explain_with
+from forgather.distributed.network import Interface, use_interface
 from forgather.distributed.roll_call import ANSWER_S, RollCall, explain
 from forgather.distributed.timeouts import check_collective_timeout
 from forgather.errors import DistributedError
@@ -60,7 +61,11 @@ class Environment:
         self._timeout = timedelta(seconds=timeout_s)
         self._roll_call: RollCall | None = None
         self._owns_group = "RANK" in os.environ and not dist.is_initialized()
+        self.interface: Interface | None = None
         if self._owns_group:
+            # torchrun says on how many hosts the ranks are, and where they meet.
+            num_hosts = _read_number("GROUP_WORLD_SIZE", 1)
+            self.interface = use_interface(os.environ.get("MASTER_ADDR", "localhost"), num_hosts)
             # Gloo serves beside NCCL: small agreements between ranks then need no device synchronisation.
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if self.is_cuda else "gloo",
@@ -81,6 +86,8 @@ class Environment:
 
     def describe(self) -> str:
         processes = "1 process" if self.world_size == 1 else f"{self.world_size} processes"
+        if self.interface is not None and not self.interface.address.is_loopback:
+            processes = f"{processes} over {self.interface}"
         if self.is_cuda:
             return f"{processes} on {torch.cuda.get_device_name(self.device)}"
         threads = torch.get_num_threads()

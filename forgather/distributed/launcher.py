@@ -28,6 +28,7 @@ from torch.distributed.elastic.rendezvous.utils import _parse_rendezvous_config,
 from forgather.distributed.agent import Agent
 from forgather.distributed.devices import count_cores
 from forgather.distributed.failure import FOLDER_VARIABLE, Failure, clear_failures, code_left, read_failures
+from forgather.distributed.network import is_this_host, route_to
 from forgather.distributed.timeouts import check_timeouts
 from forgather.distributed.verdict import first_failure, first_of_hosts
 from forgather.errors import (
@@ -230,6 +231,10 @@ def _meeting(settings: Namespace, timeout_s: float) -> dict[str, int]:
     meeting = {name: int(asked.get(name, default)) for name, default in _MEETING.items()}
     if most > 1:
         check_timeouts(meeting, timeout_s)
+        host, _ = parse_rendezvous_endpoint(settings.rdzv_endpoint, default_port=29400)
+        # torchrun compares names: where a host's own leads to 127.0.1.1, it does not know itself by its address.
+        meeting |= {} if "is_host" in asked else {"is_host": int(is_this_host(host))}
+        settings.local_addr = settings.local_addr or str(route_to(host).address)
     return meeting
 
 
