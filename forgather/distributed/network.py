@@ -37,12 +37,14 @@ def route_to(host: str) -> Interface:
     """The interface and own address by which this host sends to `host`, a name or an address of any host.
 
     DistributedError where the name is unknown, leads back to this host by a loopback address only while several
-    interfaces could be meant, or no route leads there.
+    interfaces could be meant, or no route leads there. `localhost` and loopback addresses are taken at their word.
     """
     resolved = _resolve(host)
     outside = [address for address in resolved if not address.is_loopback]
     if not outside:
-        return _only_interface(host, resolved[0])
+        loopback = next((each for each in interfaces() if each.address.is_loopback), None)
+        is_meant = host == "localhost" or host == str(resolved[0])
+        return loopback if is_meant and loopback is not None else _only_interface(host, resolved[0])
     for address in outside:
         source = _source(address)
         for interface in interfaces():

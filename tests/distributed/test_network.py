@@ -55,6 +55,12 @@ def test_a_host_is_known_by_its_addresses_whatever_its_name_leads_to(cards):
     assert not is_this_host("peer")
 
 
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.0.0.5"])
+def test_who_says_loopback_gets_it(cards, monkeypatch, host):
+    monkeypatch.setattr(network, "_resolve", lambda host: [ip_address(host.replace("localhost", "127.0.0.1"))])
+    assert route_to(host) == LOOPBACK
+
+
 def test_a_name_that_leads_back_is_taken_for_the_only_card(cards):
     del cards[2]
     assert route_to("here") == CARDS[1]
