@@ -2,8 +2,8 @@
 
     schedule: !singleton:forgather.optim.schedules:warmup_stable_decay
       length: null                                  # null: decays when told to, by `forgather control decay RUN`
-      warmup: 1_000_000
-      decay: 50_000_000
+      warmup: 1000000
+      decay: 50000000
       tokens_per_step: ${data.tokens_per_step}      # lengths are in tokens; without this key in steps
 
 Most of a schedule is a pure function (`optim.shapes`), so a changed one holds from the first step after a resume. What
