@@ -30,7 +30,7 @@ class Absent(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else next(iter(kwargs.values()))
-        if not hidden.is_floating_point():
+        if not hidden.is_floating_point() or hidden.dim() < 3:
             # Positions were to be embedded; the sum that they were meant for has been made in the first stage.
             return torch.zeros((), device=hidden.device)
         return self._as_output(self._pass(hidden))
