@@ -29,7 +29,7 @@ SEQUENCE = 1  # the dimension of the tokens in [B, L, D]
 
 @dataclass
 class Shared:
-    """What the layers that begin a split part know together: queries, keys and values read one input, exchanged once."""
+    """What the layers that begin a split part know together: queries, keys and values read one input, entered once."""
 
     source: Tensor | None = None
     version: int = -1

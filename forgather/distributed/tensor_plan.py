@@ -86,8 +86,9 @@ def _require_sizes(model: nn.Module, styles: Mapping[str, str], ranks: int) -> N
         if count % ranks:
             allowed = gcd(*(count for count, _ in counts.values()))
             numbers = [str(number) for number in range(1, allowed + 1) if allowed % number == 0]
+            parts = f"{count} {what if count > 1 else what[:-1]}"
             raise DistributedError(
-                f"mesh.tensor is {ranks}, but {name} of {type(model).__name__} has {count} {what}",
+                f"mesh.tensor is {ranks}, but {name} of {type(model).__name__} has {parts}",
                 fix=f"use mesh.tensor {' or '.join(numbers)}",
             )
     for name, style in styles.items():
