@@ -27,6 +27,11 @@ def local_box(tensor: torch.Tensor) -> Box:
     return box_at(tensor.shape, tensor.device_mesh.shape, tensor.placements, coordinate)
 
 
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of `tensor`, itself and not a view: its memory, outside of autograd."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
 def box_at(
     shape: Sequence[int], mesh: Sequence[int], placements: Sequence[Placement], coordinate: Sequence[int]
 ) -> Box:

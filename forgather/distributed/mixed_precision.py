@@ -11,6 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from forgather.tensor_boxes import local_part
+
 Precision = Literal["fp32", "bf16", "fp16"]
 
 # What the forward and backward compute in; None leaves parameters as they are.
@@ -44,7 +46,9 @@ class ComputeCopies:
         if not self._slots:  # parameters that are all in `dtype` themselves
             return
         with torch.no_grad():
-            torch._foreach_copy_([copy for *_, copy in self._slots], [master for _, _, master, _ in self._slots])
+            torch._foreach_copy_(
+                [local_part(copy) for *_, copy in self._slots], [local_part(master) for _, _, master, _ in self._slots]
+            )
         for module, name, _, copy in self._slots:
             module._parameters[name] = copy
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from forgather.tensor_boxes import local_part
 
 MIB = 1024 * 1024
 LARGE_MIB = 1.0  # from here on a gradient is worth a message of its own
@@ -121,7 +122,7 @@ def _fill_buckets(parameters: Iterable[nn.Parameter]) -> Iterator[Bucket]:
 
 
 def _bucket(parameters: list[nn.Parameter]) -> Bucket:
-    buffer = _local(parameters[0]).new_empty(sum(_local(parameter).numel() for parameter in parameters))
+    buffer = local_part(parameters[0]).new_empty(sum(local_part(parameter).numel() for parameter in parameters))
     return Bucket(parameters, buffer, len(parameters))
 
 
@@ -132,12 +133,8 @@ def _is_other(parameter: Tensor, first: Tensor) -> bool:
 def _gradient(parameter: nn.Parameter) -> Tensor:
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
-    return _local(parameter.grad)
+    return local_part(parameter.grad)
 
 
 def _mib(tensor: Tensor) -> float:
-    return _local(tensor).numel() * tensor.element_size() / MIB
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor  # without a step of autograd
+    return local_part(tensor).numel() * tensor.element_size() / MIB
