@@ -6,10 +6,17 @@ configuration's: a resume with another learning rate or weight decay uses the ne
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch.optim import Optimizer
+
+
+@runtime_checkable
+class MakesStates(Protocol):
+    """An optimizer that can say what the state of a parameter is before its first step; ours do (`optim.partwise`)."""
+
+    def new_state(self, group: Mapping[str, Any], parameter: torch.Tensor) -> dict[str, Any]: ...
 
 
 def optimizer_state_by_name(optimizer: Optimizer, names: Mapping[torch.Tensor, str]) -> dict[str, dict[str, Any]]:
@@ -20,7 +27,8 @@ def optimizer_state_by_name(optimizer: Optimizer, names: Mapping[torch.Tensor, s
 def prepare_state(optimizer: Optimizer, names: Mapping[torch.Tensor, str], wanted: set[str]) -> None:
     """Let exactly the parameters named in `wanted` have a state, of the right shapes and any values.
 
-    A state comes into being at a parameter's first step. That step is taken by a twin of the parameter, so that no
+    Unless the optimizer makes it, a state comes into being at a parameter's first step. That step is taken by a twin of
+    the parameter, so that no
     weight changes and no hook of the optimizer is called; one parameter at a time, so that it needs little memory.
     """
     for group in optimizer.param_groups:
@@ -32,6 +40,8 @@ def prepare_state(optimizer: Optimizer, names: Mapping[torch.Tensor, str], wante
 
 
 def _first_state(optimizer: Optimizer, group: dict[str, Any], parameter: torch.Tensor) -> dict[str, Any]:
+    if isinstance(optimizer, MakesStates):
+        return optimizer.new_state(group, parameter)
     twin = torch.zeros_like(parameter, requires_grad=True)
     twin.grad = torch.zeros_like(parameter)
     stand_in = object.__new__(type(optimizer))

@@ -22,6 +22,7 @@ from forgather.checkpoint.commit import AbandonedError, commit, discard
 from forgather.checkpoint.folder import draft_of, refused
 from forgather.checkpoint.messages import Abandon, Answer, Committed, Failed, Layout, WritePart, Written
 from forgather.checkpoint.part import Item, write_part
+from forgather.distributed.failure import die_with_parent
 from forgather.errors import CheckpointError, ForgatherError
 
 NICENESS = 19
@@ -32,6 +33,7 @@ def main() -> None:
     # A terminal and Slurm signal every process of a job; whether this one is to end, its rank decides.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    die_with_parent()  # at once, where the listener of the inbox may have to wait for its turn
     with contextlib.suppress(OSError):
         os.nice(NICENESS)
     inbox = Inbox(Connection(int(sys.argv[1])))

@@ -24,11 +24,13 @@ HIDDEN = 128
 class Victim:
     """The process, and the lines that it has reported so far."""
 
-    def __init__(self, folder: Path, steps: int, *, die_at: str | None = None) -> None:
+    def __init__(self, folder: Path, steps: int, *, die_at: str | None = None, asynchronous: bool = False) -> None:
         self.lines: list[str] = []
         self._ours, theirs = _FORKSERVER.Pipe()
         self.errors = folder.with_name("stderr.log")
-        self._process = _FORKSERVER.Process(target=_train, args=(str(folder), steps, theirs, str(self.errors), die_at))
+        self._process = _FORKSERVER.Process(
+            target=_train, args=(str(folder), steps, theirs, str(self.errors), die_at, asynchronous)
+        )
         self._process.start()
         self.pid = self._process.pid
         theirs.close()
@@ -61,7 +63,7 @@ class Victim:
         return self._process.exitcode
 
 
-def _train(folder: str, steps: int, pipe: Connection, errors: str, die_at: str | None) -> None:
+def _train(folder: str, steps: int, pipe: Connection, errors: str, die_at: str | None, asynchronous: bool) -> None:
     import torch
 
     from tests.checkpoint.training import Run, open_store
@@ -69,7 +71,7 @@ def _train(folder: str, steps: int, pipe: Connection, errors: str, die_at: str |
     torch.set_num_threads(1)
     sys.stderr = Path(errors).open("a", buffering=1)  # noqa: SIM115 - for the life of the process
     run = Run(hidden=HIDDEN)
-    store = open_store(Path(folder))
+    store = open_store(Path(folder), asynchronous=asynchronous)
     checkpoint = store.newest()
     step = 0
     if checkpoint is not None:
@@ -85,6 +87,7 @@ def _train(folder: str, steps: int, pipe: Connection, errors: str, die_at: str |
             pipe.send(f"saving {step}")
             store.save(run.state, step)
             pipe.send(f"saved {step}")
+    store.finish()
     pipe.send(f"done {run.hash()}")
 
 

@@ -54,13 +54,13 @@ def test_killed_at_each_stage_of_a_save(tmp_path: Path, undisturbed: list[str], 
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000010", "step-00000012"]
 
 
-def kill_at_random(tmp_path: Path, undisturbed: list[str], kills: int, seed: int) -> int:
+def kill_at_random(tmp_path: Path, undisturbed: list[str], kills: int, seed: int, asynchronous: bool) -> int:
     """Kill a run `kills` times, every other time in a save, then let it end; return how many saves were hit."""
     chance = random.Random(seed)
     run = tmp_path / "run"
     partials = 0
     for number in range(kills):
-        with Victim(run, STEPS) as victim:
+        with Victim(run, STEPS, asynchronous=asynchronous) as victim:
             resumed = victim.wait_for("resumed")
             assert resumed is not None
             step = int(resumed.split()[1])
@@ -72,7 +72,7 @@ def kill_at_random(tmp_path: Path, undisturbed: list[str], kills: int, seed: int
             else:
                 time.sleep(chance.uniform(0, 0.3))
         partials += any((run / "checkpoints").glob(".step-*"))
-    with Victim(run, STEPS) as victim:
+    with Victim(run, STEPS, asynchronous=asynchronous) as victim:
         assert victim.wait_for("done") == f"done {undisturbed[STEPS]}"
     assert assert_only_whole_ones(run) == STEPS
     # A save removes what was left; a run that was killed after its last save, in the removal, has none to come.
@@ -80,11 +80,13 @@ def kill_at_random(tmp_path: Path, undisturbed: list[str], kills: int, seed: int
     return partials
 
 
-def test_killed_at_random(tmp_path: Path, undisturbed: list[str]) -> None:
-    kill_at_random(tmp_path, undisturbed, kills=6, seed=1)
+@pytest.mark.training_case(35)
+@pytest.mark.parametrize(("asynchronous", "kills"), [(False, 3), (True, 5)])
+def test_killed_at_random(tmp_path: Path, undisturbed: list[str], asynchronous: bool, kills: int) -> None:
+    kill_at_random(tmp_path, undisturbed, kills=kills, seed=1, asynchronous=asynchronous)
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("seed", range(3))
-def test_killed_at_twenty_random_moments(tmp_path: Path, undisturbed: list[str], seed: int) -> None:
-    assert kill_at_random(tmp_path, undisturbed, kills=20, seed=seed) >= 3
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_killed_at_fifty_random_moments(tmp_path: Path, undisturbed: list[str], asynchronous: bool) -> None:
+    assert kill_at_random(tmp_path, undisturbed, kills=50, seed=2, asynchronous=asynchronous) >= 8
