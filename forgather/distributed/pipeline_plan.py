@@ -148,9 +148,9 @@ class PipelinePlan:
 
     def _choose_stages(self, asked: int | Auto) -> int:
         number = self.schedule.default_stages if asked == "auto" else asked
-        if isinstance(number, bool) or not isinstance(number, int) or not self.schedule.takes_stages(number):
+        if not _is_number(number) or not self.schedule.takes_stages(number):
             works = str(self.schedule.num_stages[0]) if self.schedule.num_stages else "2 or more"
-            others = ", ".join(other.name for other in SCHEDULES.values() if other.takes_stages(number))
+            others = ", ".join(s.name for s in SCHEDULES.values() if _is_number(number) and s.takes_stages(number))
             raise DistributedError(
                 f"pipeline.stages_per_rank is {number!r}, and schedule {self.schedule.name} takes {works}",
                 fix=f"use {works}, or auto" + (f"; {number} is what these take: {others}" if others else ""),
@@ -162,7 +162,7 @@ class PipelinePlan:
             return
         wanted = self.num_stages - 1
         numbers = list(self.cuts)
-        if any(isinstance(cut, bool) or not isinstance(cut, int) for cut in numbers) or len(numbers) != wanted:
+        if not all(map(_is_number, numbers)) or len(numbers) != wanted:
             raise DistributedError(
                 f"pipeline.cuts is {numbers}; {self.num_stages} stages need {wanted} numbers of blocks",
                 fix=f"give the {wanted} blocks at which a new stage begins, or auto",
@@ -175,7 +175,7 @@ class PipelinePlan:
 
     def _choose_microbatches(self, asked: int | Auto) -> int:
         if asked != "auto":
-            if asked not in self._possible():
+            if not _is_number(asked) or asked not in self._possible():
                 raise DistributedError(
                     f"pipeline.microbatches is {asked!r}, and {self._for_whom()} cannot take that", fix=self._fix()
                 )
@@ -205,3 +205,7 @@ class PipelinePlan:
         if not possible:
             return f"raise rows_per_step: a rank of data needs {self.num_ranks} rows or a multiple"
         return f"use pipeline.microbatches {' or '.join(map(str, possible))}"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
