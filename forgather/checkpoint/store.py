@@ -94,6 +94,7 @@ class CheckpointStore:
         self._writer: Writer | None = None
         self._plans = Plans()
         self._pending: Pending | None = None
+        self._heard: Committed | None = None  # that it is whole, which ranks hear one after the other
         self._told: Pending | None = None  # a save that has become whole, which nobody was told of yet
         self._number = 0
         self._is_tidy = False  # whether the leftovers of saves that nobody goes on with are gone
@@ -144,10 +145,8 @@ class CheckpointStore:
 
         One that fails is not told here: the next save and `finish` raise, on all ranks.
         """
-        if self._pending is not None and self._writer is not None:
-            outcome = self._writer.committed(0)
-            if isinstance(outcome, Committed):
-                self._conclude(outcome)
+        if self._pending is not None and self._writer is not None and self._heard is None:
+            self._hear(self._writer.committed(0))
         told, self._told = self._told, None
         return told
 
@@ -158,14 +157,12 @@ class CheckpointStore:
             self._writer = None
             self._plans = Plans()
             self._is_tidy = False
-        self._pending = None
+        self._pending = self._heard = None
 
     def wait_alone(self, seconds: float) -> None:
         """Give a save that is under way so much time to become whole, without a word to other ranks."""
-        if self._pending is not None and self._writer is not None:
-            outcome = self._writer.committed(seconds)
-            if isinstance(outcome, Committed):
-                self._conclude(outcome)
+        if self._pending is not None and self._writer is not None and self._heard is None:
+            self._hear(self._writer.committed(seconds))
 
     def __enter__(self) -> Self:
         return self
@@ -247,7 +244,9 @@ class CheckpointStore:
 
     def _part_written(self) -> ForgatherError | None:
         """Wait until this rank's part of the last save is on the disk; the error when it is not."""
-        return None if self._pending is None or self._writer is None else self._writer.written()
+        if self._pending is None or self._writer is None or self._heard is not None:
+            return None
+        return self._writer.written()
 
     def _settle(self, parts: Iterable[ForgatherError | None]) -> None:
         """Learn what became of the last save, whose parts are written or `parts` says why not. Collective."""
@@ -260,19 +259,21 @@ class CheckpointStore:
             self._writer.abandon()
             outcome = Failed(self._number, failed)
         elif rank() == 0:
-            outcome = self._writer.committed(None)
+            outcome = self._heard or self._writer.committed(None)
         outcome = broadcast_object(outcome)
         assert outcome is not None, "rank 0 has waited for it"
-        self._conclude(outcome)
+        self._hear(outcome)
+        self._pending = self._heard = None
         if isinstance(outcome, Failed):
             self._current = None
             self._is_tidy = False
             raise outcome.error
 
-    def _conclude(self, outcome: Committed | Failed) -> None:
-        pending, self._pending = self._pending, None
-        if isinstance(outcome, Committed):
-            self._told = pending
+    def _hear(self, outcome: Committed | Failed | None) -> None:
+        """Note, on this rank, that the last save is whole. It stays pending until all ranks settle it together."""
+        if isinstance(outcome, Committed) and self._heard is None:
+            self._heard = outcome
+            self._told = self._pending
             for warning in outcome.warnings:
                 self.run.say(warning)
 
