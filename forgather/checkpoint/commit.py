@@ -133,7 +133,9 @@ def _wait_for_parts(draft: Path, ranks: int, given_up: Callable[[float], bool]) 
 
 def _require_equal_copies(parts: list[Part]) -> None:
     """What ranks share under one name is stored once, so it must be the same on all of them."""
-    written = {name: (part.rank, chunks[0].xxh3) for part in parts for name, chunks in part.chunks.items()}
+    # A rank that a short tensor leaves without elements lists it without a chunk.
+    pieces = ((part.rank, name, chunks[0].xxh3) for part in parts for name, chunks in part.chunks.items() if chunks)
+    written = {name: (rank, digest) for rank, name, digest in pieces}
     for part in parts:
         for name, digest in part.copies.items():
             if name in written and written[name][1] != digest:

@@ -28,8 +28,8 @@ def prepare_state(optimizer: Optimizer, names: Mapping[torch.Tensor, str], wante
     """Let exactly the parameters named in `wanted` have a state, of the right shapes and any values.
 
     Unless the optimizer makes it, a state comes into being at a parameter's first step. That step is taken by a twin of
-    the parameter, so that no
-    weight changes and no hook of the optimizer is called; one parameter at a time, so that it needs little memory.
+    the parameter, so that no weight changes and no hook of the optimizer is called; one parameter at a time, so that it
+    needs little memory.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:

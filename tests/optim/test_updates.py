@@ -11,7 +11,17 @@ from forgather.errors import ConfigError
 from forgather.optim.adamw import AdamW
 from forgather.optim.groups import describe_groups
 from forgather.optim.muon import Muon
-from tests.optim.updates import MESHES, OPTIMIZERS, SHAPES, gradient_of, step_alone, step_spread, value_of
+from tests.optim.updates import (
+    MESHES,
+    OPTIMIZERS,
+    SHAPES,
+    gradient_of,
+    load_and_step,
+    step_alone,
+    step_and_save,
+    step_spread,
+    value_of,
+)
 from tests.ranks import RankPool
 
 MATRICES = ("q_proj.weight", "o_proj.weight")
@@ -106,6 +116,27 @@ def test_bf16_is_rounded_alike_on_every_mesh(four_ranks, kind, mesh):
                 assert torch.equal(spread[name], tensor)
             elif name in SHAPES:  # 1e-7 more or less turns one rounding in a thousand
                 assert (spread[name] == tensor).float().mean() > 0.98
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [
+        ("shard 4", "tensor 2 x shard 2, columns and rows"),
+        ("tensor 2 x shard 2, rows of rows", "replicate 2 x shard 2"),
+        ("replicate 2 x shard 2", "alone"),
+    ],
+)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_state_saved_on_one_mesh_goes_on_on_another(four_ranks, tmp_path, kind, saved, loaded):
+    undisturbed = step_alone(kind, steps=4)
+    four_ranks.run(step_and_save, tmp_path, saved, kind)
+    if loaded == "alone":
+        results = [load_and_step(tmp_path, loaded, kind)]
+    else:
+        results = four_ranks.run(load_and_step, tmp_path, loaded, kind)
+    for result in results:
+        for name, tensor in undisturbed.items():
+            torch.testing.assert_close(result[name], tensor, rtol=2e-6, atol=3e-7)
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)

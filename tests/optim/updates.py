@@ -2,12 +2,16 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from forgather.checkpoint.run_folder import RunFolder
+from forgather.checkpoint.state import TrainState
+from forgather.checkpoint.store import CheckpointStore
 from forgather.distributed.environment import Environment
 from forgather.distributed.mesh import Mesh
 from forgather.optim.adafactor import Adafactor
@@ -62,36 +66,80 @@ def make_optimizer(kind: str, parameters: dict[str, nn.Parameter], **options: An
 
 def step_alone(kind: str, steps: int = 3, dtype: torch.dtype = torch.float32, **options: Any) -> dict[str, Any]:
     """Values and states after some steps of one process, by name."""
-    parameters = {name: nn.Parameter(value_of(name, dtype)) for name in SHAPES}
-    optimizer = make_optimizer(kind, parameters, **options)
-    for step in range(steps):
-        for name, parameter in parameters.items():
-            parameter.grad = gradient_of(name, step, dtype)
-        optimizer.step()
-        optimizer.zero_grad()
-    return _gathered(parameters, optimizer)
+    return Run("alone", kind, dtype, **options).step(range(steps)).gathered()
 
 
 def step_spread(
     mesh_name: str, kind: str, steps: int = 3, dtype: torch.dtype = torch.float32, **options: Any
 ) -> dict[str, Any]:
     """The same on the ranks of a mesh."""
-    mesh = Mesh(Environment(device="cpu"), **MESHES[mesh_name])
-    spread = partial(_spread, mesh=mesh, mesh_name=mesh_name)
-    parameters = {name: nn.Parameter(spread(name, value_of(name, dtype))) for name in SHAPES}
-    if kind == "muon":
-        options["mesh"] = mesh
-    optimizer = make_optimizer(kind, parameters, **options)
-    for step in range(steps):
-        for name, parameter in parameters.items():
-            parameter.grad = spread(name, gradient_of(name, step, dtype))
-        optimizer.step()
-        optimizer.zero_grad()
-    return _gathered(parameters, optimizer)
+    return Run(mesh_name, kind, dtype, **options).step(range(steps)).gathered()
 
 
-def _spread(name: str, tensor: torch.Tensor, *, mesh: Mesh, mesh_name: str) -> torch.Tensor:
-    if mesh_name == "copies":
+def step_and_save(folder: Path, mesh_name: str, kind: str, **options: Any) -> None:
+    """Two steps, and a checkpoint of them."""
+    run = Run(mesh_name, kind, **options).step(range(2))
+    with RunFolder(folder) as place, CheckpointStore(place, asynchronous=False) as store:
+        store.save(run.state(), 2)
+
+
+def load_and_step(folder: Path, mesh_name: str, kind: str, **options: Any) -> dict[str, Any]:
+    """Values and states after two more steps from that checkpoint."""
+    run = Run(mesh_name, kind, **options)
+    for parameter in run.parameters.values():
+        torch.nn.init.zeros_(parameter)
+    with RunFolder(folder) as place, CheckpointStore(place, asynchronous=False) as store:
+        checkpoint = store.newest()
+        assert checkpoint is not None
+        store.load(run.state(), checkpoint)
+    return run.step(range(2, 4)).gathered()
+
+
+class Run:
+    """The parameters on a mesh, and an optimizer over them."""
+
+    def __init__(self, mesh_name: str, kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> None:
+        self.mesh_name = mesh_name
+        self.mesh = Mesh(Environment(device="cpu"), **MESHES.get(mesh_name, {}))
+        self.dtype = dtype
+        self.parameters = {name: nn.Parameter(self.spread(name, value_of(name, dtype))) for name in SHAPES}
+        if kind == "muon":
+            options["mesh"] = self.mesh
+        self.optimizer = make_optimizer(kind, self.parameters, **options)
+
+    def step(self, steps: range) -> Self:
+        for step in steps:
+            for name, parameter in self.parameters.items():
+                parameter.grad = self.spread(name, gradient_of(name, step, self.dtype))
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return self
+
+    def state(self) -> TrainState:
+        model = nn.Module()
+        for name, parameter in self.parameters.items():
+            *path, last = name.split(".")
+            owner = model
+            for part in path:
+                if not hasattr(owner, part):
+                    owner.add_module(part, nn.Module())
+                owner = owner.get_submodule(part)
+            owner.register_parameter(last, parameter)
+        return TrainState(model, self.optimizer)
+
+    def gathered(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, parameter in self.parameters.items():
+            found[name] = _full(parameter.detach())
+            found |= {f"{name}/{key}": _full(state) for key, state in self.optimizer.state[parameter].items()}
+        return found
+
+    def spread(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return _spread(tensor, self.mesh, self.mesh_name)
+
+
+def _spread(tensor: torch.Tensor, mesh: Mesh, mesh_name: str) -> torch.Tensor:
+    if mesh_name in ("alone", "copies"):
         return tensor
     if mesh.tensor == 1:
         assert mesh.data_mesh is not None
@@ -114,14 +162,6 @@ def _fully_sharded(tensor: torch.Tensor, mesh: Mesh) -> torch.Tensor:
     module.weight = nn.Parameter(distribute_tensor(tensor, mesh.tensor_mesh, [Shard(0)]))
     fully_shard(module, mesh=mesh.data_mesh)
     return module.weight.detach()
-
-
-def _gathered(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, parameter in parameters.items():
-        found[name] = _full(parameter.detach())
-        found |= {f"{name}/{key}": _full(state) for key, state in optimizer.state[parameter].items()}
-    return found
 
 
 def _full(tensor: torch.Tensor) -> torch.Tensor:
