@@ -45,7 +45,7 @@ _RENDEZVOUS = ("--nnodes", "--rdzv", "--master", "--node-rank", "--node_rank", "
 
 # Of a meeting of several hosts, unless `--rdzv-conf` says otherwise. A host that is lost is noticed after 6 s
 # (torchrun: 15), and a smaller world waits 5 s for more hosts (torchrun: 30).
-_MEETING = {"keep_alive_interval": 2, "keep_alive_max_attempt": 3, "last_call_timeout": 5, "join_timeout": 600}
+_MEETING = {"keep_alive_interval": 2, "keep_alive_max_attempt": 3, "last_call_timeout": 5, "join_timeout": 900}
 _EXIT_BARRIER_S = 60.0  # for ranks of other hosts, which end the same step
 
 
