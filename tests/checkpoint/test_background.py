@@ -1,0 +1,228 @@
+"""Saves that a process of their own writes: what was saved is what there was, and every failure is told."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from forgather.checkpoint.background import BackgroundWriter
+from forgather.checkpoint.folder import saved_steps
+from forgather.checkpoint.run_folder import RunFolder
+from forgather.checkpoint.store import CheckpointStore
+from forgather.distributed.collectives import rank
+from forgather.errors import CheckpointError
+from tests.checkpoint.crashing import Victim
+from tests.checkpoint.training import Position, Run, load_newest
+from tests.ranks import RankPool
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[RunFolder]:
+    with RunFolder(tmp_path / "run") as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator[RankPool]:
+    with RankPool(2) as pool:
+        yield pool
+
+
+def loaded(folder: RunFolder) -> dict[str, torch.Tensor]:
+    """The values in the newest checkpoint."""
+    run = Run(seed=9)
+    store = CheckpointStore(folder, asynchronous=False)
+    checkpoint = store.newest()
+    assert checkpoint is not None
+    store.load(run.state, checkpoint)
+    return run.values()
+
+
+def process_of(store: CheckpointStore) -> int:
+    assert isinstance(store._writer, BackgroundWriter)
+    return store._writer._process.pid
+
+
+def test_what_was_saved_is_what_there_was_when_it_was_saved(folder: RunFolder) -> None:
+    """The run goes on at once, and changes every tensor while they are being written."""
+    run = Run()
+    run.step()
+    with CheckpointStore(folder) as store:
+        store.save(run.state, 1)
+        then = run.values()
+        for value in (*run.state.weights().values(), *(v for s in run.optimizer.state.values() for v in s.values())):
+            value.data.fill_(7)
+    assert all(torch.equal(value, then[name]) for name, value in loaded(folder).items())
+
+
+def test_a_save_is_told_once_when_it_is_whole(folder: RunFolder) -> None:
+    run = Run()
+    with CheckpointStore(folder) as store:
+        assert store.committed() is None
+        path = store.save(run.state, 1)
+        until = time.monotonic() + 60
+        while (told := store.committed()) is None and time.monotonic() < until:
+            time.sleep(0.01)
+        assert told is not None
+        assert (told.step, told.path) == (1, path)
+        assert path.is_dir()
+        assert store.committed() is None
+        store.save(run.state, 2)
+        store.finish()
+        told = store.committed()
+        assert told is not None
+        assert told.step == 2
+
+
+def test_the_plan_changes_with_the_state(folder: RunFolder) -> None:
+    """The optimizer's state comes into being at the first step, and a hook's may grow at any."""
+    run = Run()
+    hook: Any = Position()
+    grown = torch.arange(3)
+    hook.state_dict = lambda: {"seen": grown}
+    run.state.extras = {"hook": hook}
+    with CheckpointStore(folder) as store:
+        store.save(run.state, 1)
+        run.step()
+        store.save(run.state, 2)
+        grown = torch.arange(1000)
+        run.step()
+        store.save(run.state, 3)
+        then = run.values()
+    other: dict[str, Any] = {}
+    hook.load_state_dict = other.update
+    run.state.extras = {"hook": hook}
+    store = CheckpointStore(folder, asynchronous=False)
+    checkpoint = store.newest()
+    assert checkpoint is not None
+    store.load(run.state, checkpoint)
+    assert torch.equal(other["seen"], torch.arange(1000))
+    assert all(torch.equal(value, then[name]) for name, value in run.values().items())
+
+
+def test_a_plan_is_made_once(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run()
+    run.step()
+    made = []
+    with CheckpointStore(folder) as store:
+        make = store._plans.make
+        monkeypatch.setattr(store._plans, "make", lambda tensors: (made.append(1), make(tensors)))
+        for step in (1, 2, 3):
+            store.save(run.state, step)
+            run.step()
+    assert len(made) == 1
+
+
+def test_the_death_of_the_writer_is_an_error_at_the_next_save(folder: RunFolder) -> None:
+    run = Run()
+    store = CheckpointStore(folder)
+    store.save(run.state, 1)
+    store.finish()
+    os.kill(process_of(store), signal.SIGKILL)
+    with pytest.raises(CheckpointError, match=r"that writes this rank's checkpoints was ended by signal 9"):
+        store.save(run.state, 2) and store.finish()
+    store.close()
+    assert saved_steps(folder.checkpoints) == [1]
+    store.save(run.state, 3)  # by a new one
+    store.finish()
+    store.close()
+    assert saved_steps(folder.checkpoints) == [1, 3]
+
+
+def test_what_cannot_be_written_is_an_error_at_the_end(folder: RunFolder) -> None:
+    store = CheckpointStore(folder)
+    run = Run()
+    store.save(run.state, 1)
+    store.finish()
+    (folder.checkpoints / ".step-00000002.partial").write_text("in the way")
+    store.save(run.state, 2)
+    with pytest.raises(CheckpointError, match=r"could not write .*step-00000002: File exists"):
+        store.finish()
+    store.close()
+    assert saved_steps(folder.checkpoints) == [1]
+
+
+def test_signals_of_a_terminal_do_not_end_it(folder: RunFolder) -> None:
+    store = CheckpointStore(folder)
+    run = Run()
+    store.save(run.state, 1)
+    store.finish()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(process_of(store), number)
+    store.save(run.state, 2)
+    store.finish()
+    store.close()
+    assert saved_steps(folder.checkpoints) == [1, 2]
+
+
+def test_it_does_not_outlive_its_rank(tmp_path: Path) -> None:
+    with Victim(tmp_path / "run", 10_000, asynchronous=True) as victim:
+        victim.wait_for("saved")
+        children = Path(f"/proc/{victim.pid}/task/{victim.pid}/children")
+        (writer,) = [int(word) for word in children.read_text().split()]
+        victim.kill()
+    until = time.monotonic() + 30
+    while Path(f"/proc/{writer}").exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not Path(f"/proc/{writer}").exists()
+
+
+def test_it_knows_no_torch() -> None:
+    code = "import forgather.checkpoint.writer, sys; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+def save_on_two(folder: str, change: str) -> str:
+    """Save with a hook whose state differs between the ranks in `change`; the error."""
+    run = Run()
+    hook: Any = Position()
+    tensor = torch.zeros(5 + (rank() if change == "shape" else 0))
+    tensor[-1] = rank() if change == "value" else 0
+    hook.state_dict = lambda: {"mean": tensor}
+    run.state.extras = {"hook": hook}
+    with RunFolder(Path(folder)) as opened:
+        store = CheckpointStore(opened)
+        try:
+            store.save(run.state, 1)
+            store.finish()
+        except CheckpointError as error:
+            return str(error)
+        finally:
+            store.close()
+    return "saved"
+
+
+@pytest.mark.training_case(29, 31)
+def test_tensors_that_share_a_name_and_differ_are_refused(tmp_path: Path, two_ranks: RankPool) -> None:
+    """One of them would be lost, be it by its last element."""
+    assert two_ranks.run(save_on_two, str(tmp_path / "same"), "nothing") == ["saved", "saved"]
+    for change, said in (("value", "extras/hook/mean has other values on rank 1 than on rank 0"), ("shape", "[5]")):
+        for message in two_ranks.run(save_on_two, str(tmp_path / change), change):
+            assert said in message
+            assert "put the rank into the key" in message
+        assert list((tmp_path / change / "checkpoints").glob("step-*")) == []
+
+
+def save_often(folder: str) -> list[str]:
+    run = Run()
+    names = []
+    with RunFolder(Path(folder)) as opened, CheckpointStore(opened) as store:
+        for step in range(1, 6):
+            run.step()
+            store.save(run.state, step)
+            names.append(run.hash())
+    return names
+
+
+def test_ranks_that_save_beside_their_steps_agree(tmp_path: Path, two_ranks: RankPool) -> None:
+    hashes = two_ranks.run(save_often, str(tmp_path / "run"))
+    assert len(set(hashes[0])) == 5
+    assert saved_steps(tmp_path / "run" / "checkpoints") == [4, 5]
+    assert [digest for _, digest in two_ranks.run(load_newest, str(tmp_path / "run"))] == [h[-1] for h in hashes]
