@@ -13,6 +13,9 @@ def find_blocks(model: nn.Module) -> Iterator[nn.Module]:
     return (module for module in model.modules() if type(module).__name__ in names)
 
 
+_OPTIONS = "_forgather_block_options"  # the attribute of a model in which it is noted what its blocks do
+
+
 def blocks_for(option: str, model: nn.Module) -> list[nn.Module]:
     """The blocks of `model`, in order; ModelError, naming the option that wants them, where it does not say its blocks.
 
@@ -24,3 +27,14 @@ def blocks_for(option: str, model: nn.Module) -> list[nn.Module]:
             fix=f"leave {option} as it is by default, or give the class _no_split_modules",
         )
     return list(find_blocks(model))
+
+
+def remember(model: nn.Module, what: str) -> None:
+    """Note what some blocks of `model` do, for the lines before a run."""
+    model.__dict__.setdefault(_OPTIONS, []).append(what)
+
+
+def describe_blocks(model: nn.Module) -> list[str]:
+    """A line about what the blocks of `model` do beside their work; none where that is nothing."""
+    noted = model.__dict__.get(_OPTIONS, [])
+    return [f"blocks: {', '.join(noted)}"] if noted else []

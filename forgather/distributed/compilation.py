@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from forgather.distributed.blocks import blocks_for
+from forgather.distributed.blocks import blocks_for, remember
 
 
 def apply_compile(model: nn.Module, options: bool | Mapping[str, Any]) -> int:
@@ -26,6 +26,7 @@ def apply_compile(model: nn.Module, options: bool | Mapping[str, Any]) -> int:
     settings = {"dynamic": False, **(options if isinstance(options, Mapping) else {})}
     for block in blocks:
         block.forward = Compiled(block.forward, settings)
+    remember(model, "compiled")
     return len(blocks)
 
 

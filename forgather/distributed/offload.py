@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from forgather.distributed.blocks import blocks_for
+from forgather.distributed.blocks import blocks_for, remember
 from forgather.errors import ConfigError
 
 MIN_BYTES = 1024 * 1024  # a smaller tensor is not worth the two transfers
@@ -28,6 +28,7 @@ def apply_offload(model: nn.Module, device: torch.device, *, min_bytes: int = MI
     store = ActivationStore(device, min_bytes)
     for block in blocks:
         block.forward = Offloaded(block.forward, store)
+    remember(model, "activations in the host's memory")
     return len(blocks)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from forgather.distributed.blocks import blocks_for
+from forgather.distributed.blocks import blocks_for, remember
 from forgather.errors import ConfigError
 
 FULL, SELECTIVE, NONE = "full", "selective", "none"
@@ -46,9 +46,11 @@ def apply_recompute(model: nn.Module, recompute: str | int) -> int:
     every = read_recompute(recompute)
     if every == 0:
         return 0
-    chosen = blocks_for("recompute", model)[::every]
+    blocks = blocks_for("recompute", model)
+    chosen = blocks[::every]
     for block in chosen:
         block.forward = Recomputed(block, selective=recompute == SELECTIVE)
+    remember(model, f"{'selectively ' if recompute == SELECTIVE else ''}recomputed {len(chosen)} of {len(blocks)}")
     return len(chosen)
 
 

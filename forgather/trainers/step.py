@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from forgather.data.batch import Batch
+from forgather.distributed.blocks import describe_blocks
 from forgather.distributed.collectives import sum_ranks
 from forgather.distributed.fsdp import describe_spread, mark_microbatch
 from forgather.distributed.mesh import Mesh
@@ -56,6 +57,7 @@ class LocalStep:
         """Lines for the person who starts the run: what the parts of the step became."""
         return [
             f"model: {type(self.model).__name__.removeprefix('FSDP')}, {describe_spread(self.model)}",
+            *describe_blocks(self.model),
             f"loss: {self.loss.describe()}",
             *self.update.describe(),
         ]

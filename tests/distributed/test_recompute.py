@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from forgather.distributed.blocks import describe_blocks
 from forgather.distributed.compilation import apply_compile
 from forgather.distributed.mixed_precision import ComputeCopies
 from forgather.distributed.offload import apply_offload
@@ -131,3 +132,12 @@ def test_the_selective_kind_multiplies_no_matrix_twice():
             train(recompute)
         flops[recompute] = counter.get_total_flops()
     assert flops["selective"] == flops["none"] < flops["full"]
+
+
+def test_the_lines_before_a_run_say_what_blocks_do():
+    model = tiny_llama()
+    apply_recompute(model, "none")
+    assert describe_blocks(model) == []
+    apply_recompute(model, 2)
+    apply_compile(model, {"backend": "eager"})
+    assert describe_blocks(model) == ["blocks: recomputed 1 of 2, compiled"]

@@ -74,6 +74,7 @@ REASONS = {
 
 
 @pytest.mark.case(57)
+@pytest.mark.training_case(21)
 @pytest.mark.parametrize("make", REASONS, ids=lambda make: make.__name__)
 def test_the_loss_is_that_of_the_logits_whatever_the_model_does(make):
     torch.manual_seed(0)
@@ -139,6 +140,7 @@ def hidden_weight_targets(rows: int, width: int, vocabulary: int, dtype: torch.d
 @pytest.mark.case(57)
 @pytest.mark.parametrize("chunk_rows", [64, 100, 4096])
 @pytest.mark.parametrize("vocabulary", [300, 8192 + 11])
+@pytest.mark.training_case(19)
 def test_bf16_is_as_good_as_a_softmax_in_fp32(chunk_rows, vocabulary):
     hidden, weight, targets = hidden_weight_targets(512, 64, vocabulary, torch.bfloat16)
     exact_hidden, exact_weight = (t.detach().float().requires_grad_() for t in (hidden, weight))
@@ -159,6 +161,7 @@ def test_bf16_is_as_good_as_a_softmax_in_fp32(chunk_rows, vocabulary):
 @pytest.mark.case(57)
 @pytest.mark.parametrize("chunk_rows", [64, 100, 4096])
 @pytest.mark.parametrize("vocabulary", [300, 8192 + 11])
+@pytest.mark.training_case(19)
 def test_fp32_is_exact(chunk_rows, vocabulary):
     hidden, weight, targets = hidden_weight_targets(512, 64, vocabulary, torch.float32)
     double_hidden, double_weight = (t.detach().double().requires_grad_() for t in (hidden, weight))
@@ -172,6 +175,7 @@ def test_fp32_is_exact(chunk_rows, vocabulary):
 
 
 @pytest.mark.case(58)
+@pytest.mark.training_case(20)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_without_a_target_teach_nothing(dtype):
     hidden, weight, targets = hidden_weight_targets(32, 8, 50, dtype)
