@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from forgather.optim.rounding import Rounding, random_bits, stochastic_round
+from forgather.optim.rounding import Rounding, random_bits, random_bits_of_range, stochastic_round
 
 WHOLE = torch.Size((6, 10))
 
@@ -65,6 +65,12 @@ def test_bits_are_even_and_neighbours_unrelated():
     for distance in (1, 2, 16, 256):
         related = (centred[:-distance] * centred[distance:]).mean() / centred.square().mean()
         assert abs(related.item()) < 4 / bits.numel() ** 0.5
+
+
+@pytest.mark.parametrize(("start", "count"), [(0, 8), (3, 8), (5, 1), (2**33 + 1, 6)])
+def test_a_range_has_the_bits_of_its_places(start, count):
+    places = torch.arange(start, start + count)
+    assert torch.equal(random_bits_of_range(7, start, count, places.device), random_bits(7, places))
 
 
 @pytest.mark.parametrize("box", [((2, 0), (3, 10)), ((0, 4), (6, 3)), ((1, 3), (4, 6))])
