@@ -96,15 +96,14 @@ class ControlServer:
     def _serve(self, connection: socket.socket) -> None:
         with connection, contextlib.suppress(OSError):  # a caller that has gone is nobody's trouble
             connection.settimeout(_PATIENCE_S)
-            if caller_uid(connection) != os.geteuid():
-                send(connection, {"ok": False, "error": "only the user who started this run may command it"})
-                return
             try:
-                message = receive(connection)
+                message = receive(connection)  # also of a stranger: what is not read would cut off the answer
             except ValueError as error:
                 send(connection, {"ok": False, "error": f"not a command: {error}"})
                 return
-            if message is not None:
+            if caller_uid(connection) != os.geteuid():
+                send(connection, {"ok": False, "error": "only the user who started this run may command it"})
+            elif message is not None:
                 self._answer(connection, message.get("command"))
 
     def _answer(self, connection: socket.socket, word: object) -> None:

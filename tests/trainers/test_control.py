@@ -1,0 +1,301 @@
+"""Signals and commands: obeyed by all ranks after one and the same step, and only from the run's owner."""
+
+import json
+import os
+import signal
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forgather.checkpoint.folder import saved_steps
+from forgather.errors import ForgatherError
+from forgather.trainers.commands import Command, Orders
+from forgather.trainers.control import Control
+from forgather.trainers.control_server import ControlServer
+from forgather.trainers.control_socket import Address, ask, is_live, receive
+from forgather.trainers.events import Outcome
+from tests.ranks import RankPool
+from tests.trainers.small_run import make_trainer, write_corpus
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two_ranks():
+    with RankPool(2) as pool:
+        yield pool
+
+
+class After:
+    """A hook that does something once, after a step: `what` is called on the rank that it is for."""
+
+    def __init__(self, step: int, what) -> None:
+        self.step = step
+        self.what = what
+        self.answers: list[Any] = []
+        self._threads: list[threading.Thread] = []
+
+    def on_step_end(self, event) -> None:
+        if event.step == self.step:
+            self.what()
+
+    def asks(self, run: Path, command: str) -> None:
+        """Give a command from another thread, as another process would, and be sure that the run has heard it."""
+        thread = threading.Thread(target=self._ask, args=(run, command))
+        thread.start()
+        self._threads.append(thread)
+        # The server reads in its own thread; what it has not read yet would count for the next step.
+        while thread.is_alive() and not self._is_heard():
+            thread.join(0.005)
+
+    def _is_heard(self) -> bool:
+        server = self.control._server
+        return bool(server._waiting) or bool(self.answers)
+
+    def _ask(self, run: Path, command: str) -> None:
+        try:
+            self.answers.append(ask(run, command, timeout_s=60))
+        except ForgatherError as error:
+            self.answers.append(str(error))
+
+    def join(self) -> None:
+        for thread in self._threads:
+            thread.join(60)
+
+
+def controlled(folder, corpus, command, *, at=2, steps=6, rank_of_signal=None, **options):
+    """Train, give `command` (or a signal) after step `at`; outcome, steps made, saved steps, answers."""
+    from forgather.distributed.collectives import rank
+
+    hook = After(at, lambda: None)
+    trainer = make_trainer(folder, corpus, steps=steps, hooks={"after": hook}, **options)
+    run = trainer.checkpoints.run
+    control = Control(run, trainer.step.update.schedule)
+    hook.control = control
+    trainer.control = control
+    trainer.hooks = type(trainer.hooks)({"of control": control, "after": hook})
+    if isinstance(command, signal.Signals):
+        if rank() == rank_of_signal:
+            hook.what = lambda: os.kill(os.getpid(), command)
+    elif rank() == 0:
+        hook.what = lambda: hook.asks(run.dir, command)
+    outcome = trainer.run()
+    hook.join()
+    run.close()
+    return outcome, trainer.steps_done, saved_steps(run.checkpoints), hook.answers
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_any_rank_stops_and_saves_all(number, two_ranks, tmp_path, corpus):
+    results = two_ranks.run(controlled, tmp_path, corpus, number, rank_of_signal=1)
+    # It came after step 2, so it travels with step 3.
+    assert results == [(Outcome.STOPPED, 3, [3], [])] * 2
+
+
+def test_in_a_world_of_one_the_step_under_way_is_the_last(tmp_path, corpus, capfd):
+    assert controlled(tmp_path, corpus, signal.SIGTERM, rank_of_signal=0) == (Outcome.STOPPED, 2, [2], [])
+    assert capfd.readouterr().err.startswith("\nSIGTERM: the run stops after its step, and saves\n")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.training_case(13)
+@pytest.mark.parametrize(
+    ("command", "outcome", "saved"),
+    [("stop", Outcome.STOPPED, [3]), ("save-stop", Outcome.STOPPED, [3]), ("abort", Outcome.ABORTED, [])],
+)
+def test_a_command_ends_all_ranks_after_one_step(command, outcome, saved, two_ranks, tmp_path, corpus):
+    first, second = two_ranks.run(controlled, tmp_path, corpus, command)
+    assert first[:3] == second[:3] == (outcome, 3, saved)
+    path = {"path": str(tmp_path / "run" / "checkpoints" / "step-00000003")} if command == "save-stop" else {}
+    assert first[3] == [{"command": command, "step": 3, **path}]
+
+
+def test_a_save_on_command_is_answered_when_it_is_whole(tmp_path, corpus):
+    outcome, steps, saved, answers = controlled(tmp_path, corpus, "save")
+    assert (outcome, steps, saved) == (Outcome.FINISHED, 6, [2, 6])
+    assert answers == [{"command": "save", "step": 2, "path": str(tmp_path / "run" / "checkpoints" / "step-00000002")}]
+
+
+def test_status_is_answered_at_once(tmp_path, corpus):
+    _, _, _, (status,) = controlled(tmp_path, corpus, "status")
+    assert (status["state"], status["step"], status["steps"]) == ("training", 2, 6)
+    assert status["run"] == str(tmp_path / "run")
+    assert status["loss"] == status["metrics"]["train"]["loss"]
+    assert (status["ranks"], status["pid"]) == (1, os.getpid())
+
+
+def test_a_schedule_without_a_decay_refuses_to_begin_one(tmp_path, corpus):
+    outcome, *_, answers = controlled(tmp_path, corpus, "decay")
+    assert outcome is Outcome.FINISHED
+    assert "has no decay to begin" in answers[0]
+
+
+def test_a_stopped_run_ends_as_one_that_was_not(tmp_path, corpus):
+    from tests.trainers.small_run import hash_of
+
+    straight = make_trainer(tmp_path / "a", corpus, steps=6)
+    straight.run()
+    controlled(tmp_path / "b", corpus, signal.SIGTERM, rank_of_signal=0)
+    resumed = make_trainer(tmp_path / "b", corpus, steps=6)
+    assert resumed.resume() is not None
+    resumed.run()
+    assert hash_of(resumed) == hash_of(straight)
+
+
+def test_orders_add_up():
+    assert Orders.of({Command.SAVE_STOP}) == Orders(save=True, stop=True)
+    assert Orders.of({Command.STOP, Command.DECAY}) == Orders(stop=True, decay=True)
+    assert Orders.of(set()) == Orders()
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A server without a run behind it; its folder is a run folder."""
+    (tmp_path / "checkpoints").mkdir()
+    server = ControlServer(tmp_path, status=lambda: {"state": "training"}, refuse=lambda command: None)
+    server.start()
+    yield server
+    server.close("the run ended")
+
+
+def test_the_socket_is_its_owners_alone_and_goes_with_the_run(server, tmp_path):
+    folder = tmp_path / ".control"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert (folder / "socket").stat().st_mode & 0o777 == 0o600
+    assert is_live(tmp_path)
+    server.close("the run ended")
+    assert not folder.exists()
+    with pytest.raises(ForgatherError, match="no live run in"):
+        ask(tmp_path, "status")
+
+
+def raw(run: Path, line: bytes) -> dict[str, Any] | None:
+    address = Address.read(run)
+    assert address is not None
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(10)
+        connection.connect(address.socket)
+        connection.sendall(line)
+        connection.shutdown(socket.SHUT_WR)
+        return receive(connection)
+
+
+@pytest.mark.parametrize("line", [b"{]\n", b"[1]\n", b'{"command": ["stop"]}\n', b'{"command": "stpo"}\n', b"{}\n"])
+def test_what_is_no_command_is_refused_and_harms_nothing(line, server, tmp_path):
+    answer = raw(tmp_path, line)
+    assert answer is not None
+    assert answer["ok"] is False
+    assert "command" in answer["error"]
+    assert raw(tmp_path, b"half a lin") is None
+    assert ask(tmp_path, "status") == {"state": "training"}
+
+
+def test_whoever_waits_when_the_run_ends_is_told(server, tmp_path):
+    errors: list[str] = []
+
+    def save() -> None:
+        try:
+            ask(tmp_path, "save")
+        except ForgatherError as error:
+            errors.append(error.message)
+
+    thread = threading.Thread(target=save)
+    thread.start()
+    while not server._waiting:
+        thread.join(0.005)
+    server.close("the run finished after step 9")
+    thread.join(10)
+    assert "the run finished after step 9, before it obeyed `save`" in errors[0]
+
+
+def test_a_command_that_came_too_late_for_a_step_waits_for_the_next(server, tmp_path):
+    threading.Thread(target=ask, args=(tmp_path, "decay")).start()
+    while not server._waiting:
+        pass
+    server.obeyed(1, {Command.DECAY})  # another's: this one was not taken before the step
+    assert server.take() == {Command.DECAY}
+    server.obeyed(2, {Command.DECAY})
+    assert server.take() == set()
+
+
+def test_a_socket_that_a_killed_run_has_left_is_replaced(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    folder = tmp_path / ".control"
+    folder.mkdir(mode=0o777)
+    dead = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    dead.bind(str(folder / "socket"))
+    dead.close()
+    Address(str(folder / "socket"), 1, socket.gethostname()).write(tmp_path)
+    assert not is_live(tmp_path)
+    with pytest.raises(ForgatherError, match="process 1 has ended without a word"):
+        ask(tmp_path, "stop")
+    server = ControlServer(tmp_path, status=lambda: {"state": "training"}, refuse=lambda command: None)
+    server.start()
+    assert ask(tmp_path, "status") == {"state": "training"}
+    assert folder.stat().st_mode & 0o777 == 0o700
+    server.close("the run ended")
+
+
+def test_a_path_that_is_too_long_for_a_socket_leads_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    run = tmp_path / ("long" * 30)
+    (run / "checkpoints").mkdir(parents=True)
+    server = ControlServer(run, status=lambda: {"state": "training"}, refuse=lambda command: None)
+    server.start()
+    address = Address.read(run)
+    assert address is not None
+    assert not Path(address.socket).is_relative_to(run)
+    assert Path(address.socket).parent.stat().st_mode & 0o777 == 0o700
+    assert ask(run, "status") == {"state": "training"}
+    server.close("the run ended")
+    assert not Path(address.socket).parent.exists()
+
+
+def test_a_run_on_another_host_says_where(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / ".control").mkdir()
+    Address("/nowhere", 1, "elsewhere").write(tmp_path)
+    with pytest.raises(ForgatherError, match="listens on elsewhere") as error:
+        ask(tmp_path, "status")
+    assert error.value.fix == "give the command on elsewhere"
+
+
+def _as_nobody(run: Path, pipe: int) -> None:
+    os.setgid(65534)
+    os.setuid(65534)
+    try:
+        answer = json.dumps(ask(run, "stop", timeout_s=10))
+    except ForgatherError as error:
+        answer = str(error)
+    os.write(pipe, answer.encode())
+    os._exit(0)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
+@pytest.mark.parametrize("doors", ["as they are", "open"])
+def test_another_user_is_not_heard(doors, server, tmp_path):
+    # pytest's folders are the owner's alone; here the way to the run is open, as on a shared disk.
+    for folder in [tmp_path, *tmp_path.parents[:-2]]:
+        folder.chmod(0o755)
+    if doors == "open":  # whatever happens to the modes, the kernel tells who calls
+        (tmp_path / ".control").chmod(0o777)
+        (tmp_path / ".control" / "socket").chmod(0o777)
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        _as_nobody(tmp_path, writing)
+    os.close(writing)
+    os.waitpid(pid, 0)
+    answer = os.read(reading, 10_000).decode()
+    os.close(reading)
+    expected = "belongs to another user" if doors == "as they are" else "only the user who started this run"
+    assert expected in answer
+    assert server.take() == set()
