@@ -6,6 +6,7 @@ weight is a plain tensor there and the loss can be computed from it without ever
 """
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -16,9 +17,11 @@ from torch.distributed.distributed_c10d import _get_default_group
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from forgather.distributed.blocks import find_blocks
 from forgather.distributed.mesh import Mesh
 from forgather.distributed.mixed_precision import COMPUTE_DTYPE, ComputeCopies, Precision
 from forgather.distributed.replicas import Replicas
+from forgather.distributed.tensor_parallel import describe_split
 from forgather.errors import DistributedError
 
 # Below this size one group for the whole model is faster: a group costs a few milliseconds a step in copies and
@@ -36,8 +39,8 @@ class FsdpOptions:
 
     `reshard_after_forward` frees a block's parameters until its backward: less memory, one more gather. auto does so,
     but not in a pipeline, where each microbatch would gather anew. `cpu_offload` keeps parameters, gradients and
-    optimizer state in the host's memory between uses. `prefetch` is how many blocks ahead are gathered; 0 leaves that to
-    FSDP2, which gathers the next one.
+    optimizer state in the host's memory between uses. `prefetch` is how many blocks ahead are gathered; 0 leaves that
+    to FSDP2, which gathers the next one.
     """
 
     reshard_after_forward: bool | Literal["auto"] = "auto"
@@ -149,8 +152,9 @@ def _require_offloading(mesh: Mesh) -> None:
 
 
 def describe_spread(model: nn.Module) -> str:
-    """How `apply_fsdp` has spread `model`, in words."""
-    return _spread(model).describe()
+    """How `apply_tensor_parallel` and `apply_fsdp` have spread `model`, in words."""
+    split = describe_split(model)
+    return _spread(model).describe() if split is None else f"{split}; {_spread(model).describe()}"
 
 
 def _spread(model: nn.Module) -> Spread:
@@ -160,12 +164,6 @@ def _spread(model: nn.Module) -> Spread:
 
 def _remember(model: nn.Module, spread: Spread) -> None:
     model.__dict__[_SPREAD] = spread
-
-
-def find_blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules whose class the model names in `_no_split_modules`, in order; none where it names none."""
-    names = set(getattr(model, "_no_split_modules", None) or ())
-    return (module for module in model.modules() if type(module).__name__ in names)
 
 
 def fsdp_modules(model: nn.Module) -> Iterator[FSDPModule]:
@@ -197,6 +195,12 @@ def computed_parameters(model: nn.Module) -> list[nn.Parameter]:
     """What a forward of `model` has taken for its parameters: those that are lent in a lower precision, or its own."""
     copies = _spread(model).copies
     return list(model.parameters()) if copies is None else copies.lent()
+
+
+def copies_held(model: nn.Module) -> AbstractContextManager[None]:
+    """A context within which parameters lent in a lower precision stay as they are now, through several forwards."""
+    copies = _spread(model).copies
+    return nullcontext() if copies is None else copies.held()
 
 
 def reshard(model: nn.Module) -> None:

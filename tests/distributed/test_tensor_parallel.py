@@ -127,7 +127,7 @@ def compare(model: PreTrainedModel, **options: Any) -> tuple[str, dict[str, floa
 
 
 def relative(ours: Tensor, theirs: Tensor, least: float = 0.0) -> float:
-    return float((ours - theirs).norm() / theirs.norm().clamp(min=least))
+    return float((ours.detach() - theirs.detach()).norm() / theirs.detach().norm().clamp(min=least))
 
 
 def compare_stock(make: Callable[[], PreTrainedModel], **options: Any) -> tuple[str, dict[str, float]]:
