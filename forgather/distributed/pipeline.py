@@ -5,6 +5,7 @@ stages has their modules under the names of the whole model: optimizer, checkpoi
 that there is a pipeline. Calling the union runs the whole pipeline, on all its ranks.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -133,6 +134,7 @@ def unite(pipeline: Pipeline, union: Any, forward: Callable[..., Any]) -> None:
         )
         assert holder is not None, f"no stage of this rank has {name}"
         union.set_submodule(name, holder.model.get_submodule(name))
+    _show_first_holders(union, pipeline.ties)
     union.__dict__["forward"] = forward
     union.__dict__[_PIPELINE] = pipeline
     shared = {id(module) for module in union.modules()}
@@ -140,6 +142,22 @@ def unite(pipeline: Pipeline, union: Any, forward: Callable[..., Any]) -> None:
         # Modules around the shared ones, which `union.train()` and `eval()` do not reach.
         shells = [m for m in stage.model.modules() if id(m) not in shared and not isinstance(m, Absent)]
         stage.model.register_forward_pre_hook(_follow_mode(union, shells))
+
+
+def _show_first_holders(union: nn.Module, ties: Ties) -> None:
+    """Where this rank has both holders of a tied parameter, let `union` have the first in both places."""
+    for tie in ties.ties:
+        if tie.first is None or tie.last is None:
+            continue
+        for name, module in list(union.named_modules()):
+            if any(parameter is tie.last for parameter in module._parameters.values()):
+                # Another module in the union alone: that of the last stage computes with the parameter that it has.
+                shown = copy.copy(module)
+                shown.__dict__["_parameters"] = {
+                    key: tie.first if parameter is tie.last else parameter
+                    for key, parameter in module._parameters.items()
+                }
+                union.set_submodule(name, shown)
 
 
 def pipeline_of(model: nn.Module) -> Pipeline | None:
