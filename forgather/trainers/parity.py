@@ -84,12 +84,8 @@ def compare_plans(
 
 
 def record_plan(send: Callable[[Any], None], project: Project, steps: int) -> None:
-    """What one rank of a plan does: rank 0 sends the names of the parameters, then lists of readings.
-
-    Reports are left out: they belong to a run's folder, and none is opened.
-    """
-    session = project.session({"reports": None} if project.has("reports") else {})
-    model, optimizer, data, step = (session.build(target) for target in ("model", "optimizer", "data", "step"))
+    """What one rank of a plan does: rank 0 sends the names of the parameters, then lists of readings."""
+    step, model, optimizer, data = build_parts(project)
     recorder = Recorder(step, model, optimizer, send)
     if rank() == 0:
         send(recorder.names)
@@ -97,6 +93,12 @@ def record_plan(send: Callable[[Any], None], project: Project, steps: int) -> No
         recorder.record(data.take() for _ in range(steps))
     finally:
         data.close()
+
+
+def build_parts(project: Project) -> tuple[Any, Any, Any, Any]:
+    """Step, model, optimizer and data of a run, without the run: no folder is opened, so there are no reports."""
+    session = project.session({"reports": None} if project.has("reports") else {})
+    return tuple(session.build(target) for target in ("step", "model", "optimizer", "data"))
 
 
 def _compare(
