@@ -16,6 +16,7 @@ from forgather.distributed.mixed_precision import Precision
 from forgather.metrics.step_result import StepResult
 from forgather.optim.clip import GradientClip
 from forgather.optim.groups import describe_groups
+from forgather.optim.schedules import Schedule
 from forgather.trainers.finite import Evidence, FiniteWatch, OnNonFinite
 from forgather.trainers.fused_backward import FusedBackward, refuse_unfit
 from forgather.trainers.loss_scale import LossScale
@@ -151,6 +152,7 @@ class Update:
         return [
             f"optimizer: {type(self.optimizer).__name__}{fused}, peak lr {self.lr:g}, gradients {limit}",
             f"groups: {describe_groups(self.optimizer)}",
+            *([f"schedule: {self.schedule.describe()}"] if isinstance(self.schedule, Schedule) else []),
         ]
 
     def _set_rates(self, step: int) -> float:
