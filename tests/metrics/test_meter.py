@@ -147,7 +147,7 @@ def two_ranks():
         yield pool
 
 
-def flush_on_a_rank() -> tuple[dict[str, float], int]:
+def flush_on_a_rank() -> tuple[dict[str, float], int, float]:
     calls = 0
     gather = dist.all_gather_single
 
@@ -167,16 +167,17 @@ def flush_on_a_rank() -> tuple[dict[str, float], int]:
         meter.add(step(0.5 if rank == 0 else 1.5, 10, tokens=50 + rank))
         with meter.doing("data_wait"):
             time.sleep(0.05 * rank)
-        return meter.flush(2), calls
+        return meter.flush(2), calls, meter.ledger.seconds()["data_wait"]
     finally:
         warnings.resetwarnings()
         dist.all_gather_single = gather
 
 
 def test_two_ranks_agree_after_one_collective(two_ranks):
-    (first, calls), (second, _) = two_ranks.run(flush_on_a_rank)
+    (first, calls, waited), (second, _, _) = two_ranks.run(flush_on_a_rank)
     assert calls == 1
     assert first == second
     assert first["loss"] == (4.0 * 30 + 2.0 * 10) / 40
     assert first["data_wait_s"] >= 0.025  # the slower loader's 50 ms over two steps
+    assert waited >= 0.05  # in the ledger of rank 0 too, which has not waited itself
     assert first["tokens_per_s"] * first["step_s"] * 2 == pytest.approx(301)
