@@ -13,6 +13,7 @@ All of them are collective, `committed` excepted.
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -239,7 +240,8 @@ class CheckpointStore:
         """What rank 0's writer does when all parts are there."""
         if rank() != 0:
             return None
-        manifest = Manifest(step, world_size(), state.mesh, metrics={k: float(v) for k, v in metrics.items()})
+        finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}  # JSON has no others
+        manifest = Manifest(step, world_size(), state.mesh, metrics=finite)
         return Commit(final, manifest, self.keep, self.run.descriptions, frozenset(self._damaged))
 
     def _part_written(self) -> ForgatherError | None:

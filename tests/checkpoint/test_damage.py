@@ -52,6 +52,7 @@ def save_steps(store: CheckpointStore, *steps: int) -> dict[int, dict[str, torch
     return values
 
 
+@pytest.mark.training_case(22, 28)
 @pytest.mark.parametrize("name", ["rank-00000.bin", "tensors.json", "state.json", "config.yaml", "manifest.json"])
 @pytest.mark.parametrize("damage", [truncate, flip_a_byte, swap_in_an_older_one, delete])
 def test_the_file_is_named_and_the_older_checkpoint_is_loaded(
@@ -99,6 +100,7 @@ def test_a_renamed_checkpoint_is_not_taken_for_a_newer_one(store: CheckpointStor
     assert checkpoint.step == 2
 
 
+@pytest.mark.training_case(23)
 def test_the_newest_is_the_highest_step_whatever_was_touched_last(store: CheckpointStore) -> None:
     save_steps(store, 1, 2)
     (store.run.checkpoints / "step-00000001" / "config.yaml").touch()
@@ -108,6 +110,7 @@ def test_the_newest_is_the_highest_step_whatever_was_touched_last(store: Checkpo
     assert checkpoint.step == 2
 
 
+@pytest.mark.training_case(24)
 def test_when_all_are_damaged_nothing_starts_anew_by_accident(store: CheckpointStore) -> None:
     save_steps(store, 1, 2)
     for folder in store.run.checkpoints.iterdir():

@@ -37,6 +37,7 @@ def test_one_rank(tmp_path: Path) -> None:
     assert saved_hash == loaded_hash
 
 
+@pytest.mark.training_case(37, 38)
 @pytest.mark.parametrize("tied", [True, False])
 def test_stop_and_resume_is_the_undisturbed_run(tmp_path: Path, tied: bool) -> None:
     undisturbed = Run(tied=tied)
@@ -70,6 +71,7 @@ def test_saved_on_two_loaded_on_one_and_four(tmp_path: Path, two_ranks: RankPool
         assert_equal(saved, loaded)
 
 
+@pytest.mark.training_case(39)
 def test_saved_on_four_and_one_loaded_on_two(tmp_path: Path, two_ranks: RankPool, four_ranks: RankPool) -> None:
     on_four = four_ranks.run(save_at, str(tmp_path / "four"), 3)[0][0]
     on_one = save_at(str(tmp_path / "one"), 3)[0]

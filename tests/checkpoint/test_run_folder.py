@@ -91,6 +91,7 @@ def test_a_forked_worker_does_not_keep_the_folder_of_a_dead_run(tmp_path: Path) 
         worker.join()
 
 
+@pytest.mark.training_case(25)
 def test_fresh_takes_the_first_name_that_is_free(tmp_path: Path) -> None:
     dirs = []
     for _ in range(3):

@@ -33,6 +33,7 @@ def stepped(**options: Any) -> Run:
     return run
 
 
+@pytest.mark.training_case(36)
 def test_tied_weights_are_stored_once_under_the_name_that_transformers_keeps() -> None:
     weights = Run(tied=True).state.weights()
     assert "model.embed_tokens.weight" in weights
@@ -189,6 +190,7 @@ def test_hooks_that_come_and_go_are_told(tmp_path: Path, capsys: pytest.CaptureF
     assert "has no state of 'new', which starts anew" in said
 
 
+@pytest.mark.training_case(30)
 def test_a_state_that_no_checkpoint_can_carry_is_refused_when_it_is_saved(tmp_path: Path) -> None:
     run = stepped()
     hook = Best()

@@ -80,6 +80,7 @@ def test_a_dropout_that_the_config_does_not_name_is_refused(tmp_path: Path) -> N
         ModelFolder(tmp_path, 0.5).construct()
 
 
+@pytest.mark.training_case(26)
 def test_a_folder_without_tokenizer_or_model_is_told(tmp_path: Path) -> None:
     llama(seed=1).save_pretrained(tmp_path / "hub")
     with pytest.raises(CheckpointError, match="has no tokenizer"):
