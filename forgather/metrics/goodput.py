@@ -1,7 +1,7 @@
 """Where the wall time of a run went, over all the processes it took: a ledger that adds up.
 
     useful       steps that the run's weights rest on
-    start_up     from the birth of a process to its first step, and what its first step took longer than its second
+    start_up     from the birth of a process to its first step, and what its first two took longer than its third
     data_wait    the loop waited for the loader (on the slowest rank)
     checkpoint   the loop stood still for a save; what is written behind its back costs nothing here
     evaluation, sampling, inspection
@@ -48,9 +48,8 @@ class Ledger:
         self._processes = 1
         self._useful_at_checkpoint = 0.0
         self._written_at = -_WRITE_EVERY_S
-        self._first_step_s: float | None = None
+        self._first_steps_s: list[float] = []
         self._trained_s = 0.0
-        self._steps = 0
         self._counts_from_birth = False
 
     def count_from_birth(self) -> None:
@@ -75,7 +74,7 @@ class Ledger:
     def step_made(self) -> None:
         """Note that a step has ended; at most once a second the file is written."""
         assert self._clock is not None, "the meter is started before the first step"
-        if self._steps < 2:
+        if len(self._first_steps_s) < 3:
             self._compare_first_steps(self._clock)
         if time.perf_counter() - self._written_at >= _WRITE_EVERY_S:
             self.write()
@@ -154,14 +153,13 @@ class Ledger:
         self._before["redo"] += lost
 
     def _compare_first_steps(self, clock: ActivityClock) -> None:
-        """Book what the first step took longer than the second as start-up: it compiles and warms up."""
+        """Book what the first two steps took longer than the third as start-up: they warm up, and both may compile."""
         trained_s = clock.seconds()["training"]
-        step_s, self._trained_s = trained_s - self._trained_s, trained_s
-        self._steps += 1
-        if self._first_step_s is None:
-            self._first_step_s = step_s
-        else:
-            self._move("useful", "start_up", max(0.0, self._first_step_s - step_s))
+        self._first_steps_s.append(trained_s - self._trained_s)
+        self._trained_s = trained_s
+        if len(self._first_steps_s) == 3:
+            *warming_up, usual = self._first_steps_s
+            self._move("useful", "start_up", sum(max(0.0, step_s - usual) for step_s in warming_up))
 
     def _move(self, source: str, target: str, seconds: float) -> None:
         self._moved[source] -= seconds

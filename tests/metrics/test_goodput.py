@@ -70,9 +70,12 @@ def test_every_second_has_one_place(clock):
     assert run.ledger.goodput == pytest.approx(6 / 20.75)
 
 
-def test_what_the_first_step_takes_longer_than_the_second_is_start_up(clock):
-    run = Process(clock, None, start_up_s=1).step(30).step(2, 4)
-    assert run.spent() == {"useful": 10, "start_up": 29}
+def test_what_the_first_two_steps_take_longer_than_the_third_is_start_up(clock):
+    run = Process(clock, None, start_up_s=1).step(30).step(12)
+    assert run.spent() == {"useful": 42, "start_up": 1}  # not known yet
+    run.step(2, 3)
+    assert run.spent() == {"useful": 10, "start_up": 1 + 28 + 10}
+    assert Process(clock, None, start_up_s=1).step(1, 2).step(2, 3).spent() == {"useful": 8, "start_up": 1}
 
 
 def test_a_fault_moves_the_lost_steps_to_redo_and_counts_the_time_without_a_process(clock, tmp_path):
