@@ -83,6 +83,7 @@ class _Factored:
         self.group = group
         self.step = step
         self.parameter = part.parameter
+        self.value, self.gradient = part.value, part.gradient
         self.is_matrix = self.parameter.dim() > 1
         self.shape = tuple(local(self.parameter).shape)
         self.eps = torch.finfo(torch.float32).eps if group["eps"][0] is None else float(group["eps"][0])
@@ -92,10 +93,10 @@ class _Factored:
         """Sums of squares: of the parameter, and of the gradient's rows and columns."""
         self.of_value = self._zero()
         for piece in pieces(self.part):
-            self.of_value += self.part.value[piece].float().square().sum()
+            self.of_value += self.value[piece].float().square().sum()
         yield _Sum(self.of_value, self.parameter, self._axes())
         if self.is_matrix:
-            gradient = self.part.gradient.view(self.shape)
+            gradient = self.part.local_gradient
             # As norms: their squares need no copy of the whole in between.
             self.of_rows = torch.linalg.vector_norm(gradient, dim=-1, keepdim=True, dtype=torch.float32).square_()
             self.of_columns = torch.linalg.vector_norm(gradient, dim=-2, keepdim=True, dtype=torch.float32).square_()
@@ -105,9 +106,9 @@ class _Factored:
     def follow_rows_and_columns(self) -> Iterator[_Sum]:
         """Move the moments towards this step's."""
         if not self.is_matrix:
-            variance = self.part.local_state("variance")
+            variance = self.part.flat_state("variance")
             for piece in pieces(self.part):
-                variance[piece].lerp_(self.part.gradient[piece].float().square(), self.fraction)
+                variance[piece].lerp_(self.gradient[piece].float().square(), self.fraction)
             return
         rows, columns = self.parameter.shape[-2:]
         self.row_var, self.col_var = local(self.part.state["row_var"]), local(self.part.state["col_var"])
@@ -133,16 +134,16 @@ class _Factored:
         # Stays on the device: nothing waits for it.
         factor = -rate / ((self.of_update / count).sqrt() / self.group["clip"]).clamp(min=1.0)
         for piece in pieces(self.part):
-            value = self.part.value[piece].float()
+            value = self.value[piece].float()
             value.mul_(1 - lr * self.group["weight_decay"]).addcmul_(self._update(piece), factor)
-            if value.data_ptr() != self.part.value[piece].data_ptr():
-                rounding.write(self.part.value[piece], value, piece.start)
+            if value.data_ptr() != self.value[piece].data_ptr():
+                rounding.write(self.value[piece], value, piece.start)
 
     def _update(self, piece: slice) -> Tensor:
         """The update of some elements, before it is scaled."""
-        gradient = self.part.gradient[piece].float()
+        gradient = self.gradient[piece].float()
         if not self.is_matrix:
-            moments = self.part.local_state("variance")[piece].clone()
+            moments = self.part.flat_state("variance")[piece].clone()
         else:
             moments = self._moments(piece.start, gradient.numel())
         return moments.clamp_(min=self.eps * self.eps).rsqrt_().mul_(gradient)
@@ -161,7 +162,7 @@ class _Factored:
         return moments.view(-1)[start - first * columns : start - first * columns + count]
 
     def _zero(self) -> Tensor:
-        return torch.zeros((), dtype=torch.float32, device=self.part.value.device)
+        return torch.zeros((), dtype=torch.float32, device=self.part.local_value.device)
 
     def _axes(self, *dims: int) -> Axes:
         """The axes of the mesh that cut the parameter along `dims`; along any without them."""

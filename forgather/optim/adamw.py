@@ -66,15 +66,15 @@ def update_adamw(optimizer: PartwiseOptimizer, group: Mapping[str, Any], parts: 
 def _update_fused(optimizer: PartwiseOptimizer, group: Mapping[str, Any], parts: Sequence[Part]) -> None:
     found_inf = getattr(optimizer, "found_inf", None)
     beta1, beta2 = group["betas"]
-    held = [part for part in parts if part.value.numel() > 0]
+    held = [part for part in parts if part.local_value.numel() > 0]
     for part in parts:
-        if part.value.numel() == 0:  # the kernel takes no empty tensors, but steps are counted on every rank
+        if part.local_value.numel() == 0:  # the kernel takes no empty tensors, but steps are counted on every rank
             part.state["step"] += 1 if found_inf is None else 1 - found_inf
     if not held:
         return
     adamw(
-        [part.value for part in held],
-        [part.gradient for part in held],
+        [part.local_value for part in held],
+        [part.local_gradient for part in held],
         [part.local_state("exp_avg") for part in held],
         [part.local_state("exp_avg_sq") for part in held],
         [],
@@ -95,19 +95,20 @@ def _update_fused(optimizer: PartwiseOptimizer, group: Mapping[str, Any], parts:
 def _update_in_pieces(optimizer: PartwiseOptimizer, group: Mapping[str, Any], part: Part) -> None:
     beta1, beta2 = group["betas"]
     lr, step = group["lr"], count_step(part.state)
-    averages, squares = part.local_state("exp_avg"), part.local_state("exp_avg_sq")
+    averages, squares = part.flat_state("exp_avg"), part.flat_state("exp_avg_sq")
+    values, gradients = part.value, part.gradient
     write_value = optimizer.rounding(part, step)
     write_average = optimizer.rounding(part, step, "exp_avg")
     write_square = optimizer.rounding(part, step, "exp_avg_sq")
     step_size = lr / (1 - beta1**step)
     root_of_correction = math.sqrt(1 - beta2**step)
     for piece in pieces(part):
-        value, gradient = part.value[piece].float(), part.gradient[piece].float()
+        value, gradient = values[piece].float(), gradients[piece].float()
         average, square = averages[piece].float(), squares[piece].float()
         value.mul_(1 - lr * group["weight_decay"])
         average.lerp_(gradient, 1 - beta1)
         square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         value.addcdiv_(average, (square.sqrt() / root_of_correction).add_(group["eps"]), value=-step_size)
-        write_value.write(part.value[piece], value, piece.start)
+        write_value.write(values[piece], value, piece.start)
         write_average.write(averages[piece], average, piece.start)
         write_square.write(squares[piece], square, piece.start)

@@ -105,15 +105,15 @@ class Muon(PartwiseOptimizer):
         directions = [self._direction(group, part, step) for part, step in zip(parts, steps, strict=True)]
         updates = shared.each(directions, partial(orthogonalize, steps=group["ns_steps"]))
         for part, step, update in zip(parts, steps, updates, strict=True):
-            lr = group["lr"]
-            value = part.value.float()  # itself where it is float32
+            lr, stored = group["lr"], part.value
+            value = stored.float()  # itself where it is float32
             value.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-lr * _ratio(group["scale"], part.parameter))
-            if value is not part.value:
-                self.rounding(part, step).write(part.value, value, 0)
+            if value is not stored:
+                self.rounding(part, step).write(stored, value, 0)
 
     def _direction(self, group: Mapping[str, Any], part: Part, step: int) -> Tensor:
         """The momentum that is to be orthogonalised, in the dtype in which that is done."""
-        stored, gradient, momentum = part.local_state("momentum_buffer"), part.gradient.float(), group["momentum"]
+        stored, gradient, momentum = part.flat_state("momentum_buffer"), part.gradient.float(), group["momentum"]
         buffer = stored.float()
         buffer.lerp_(gradient, 1 - momentum)
         if buffer is not stored:

@@ -27,18 +27,33 @@ _PIECE_ON_CPU = 1 << 16
 _PIECE_ON_DEVICE = 1 << 25
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Part:
-    """This rank's part of one parameter: flat local tensors that may be written, and the parameter itself."""
+    """This rank's part of one parameter: local tensors of its shape, and the same flat; they may be written."""
 
     name: str
     parameter: Tensor
-    value: Tensor
-    gradient: Tensor
+    local_value: Tensor
+    local_gradient: Tensor
     state: dict[str, Any]
 
+    @property
+    def value(self) -> Tensor:
+        """The part, flat."""
+        assert self.local_value.is_contiguous(), f"{self.name} has gaps in memory, so it has no flat view"
+        return self.local_value.view(-1)
+
+    @property
+    def gradient(self) -> Tensor:
+        """Its gradient, flat."""
+        return self.local_gradient.reshape(-1)
+
     def local_state(self, key: str) -> Tensor:
-        """The local part of a state that is laid out like the parameter, flat."""
+        """The local part of a state that is laid out like the parameter."""
+        return local(self.state[key])
+
+    def flat_state(self, key: str) -> Tensor:
+        """The same, flat."""
         return local(self.state[key]).view(-1)
 
 
@@ -105,9 +120,7 @@ class PartwiseOptimizer(Optimizer):
                 continue
             if not self.state[parameter]:
                 self.state[parameter] = self.new_state(group, parameter)
-            value = local(parameter)
-            assert value.is_contiguous(), f"{name} has gaps in memory, so it has no flat view"
-            yield Part(name, parameter, value.view(-1), local(parameter.grad).reshape(-1), self.state[parameter])
+            yield Part(name, parameter, local(parameter), local(parameter.grad), self.state[parameter])
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -127,8 +140,8 @@ def laid_out(part: Tensor, parameter: Tensor, shape: torch.Size, placements: Ite
 
 def pieces(part: Part) -> Iterator[slice]:
     """The ranges of a flat part that are computed at once."""
-    size = _PIECE_ON_CPU if part.value.device.type == "cpu" else _PIECE_ON_DEVICE
-    return (slice(start, start + size) for start in range(0, part.value.numel(), size))
+    size = _PIECE_ON_CPU if part.local_value.device.type == "cpu" else _PIECE_ON_DEVICE
+    return (slice(start, start + size) for start in range(0, part.local_value.numel(), size))
 
 
 def count_step(state: dict[str, Any]) -> int:

@@ -42,11 +42,11 @@ class SGD(PartwiseOptimizer):
             for part in parts:
                 self._update_in_pieces(group, part)
             return
-        held = [part for part in parts if part.value.numel() > 0]
+        held = [part for part in parts if part.local_value.numel() > 0]
         if held:
             sgd(
-                [part.value for part in held],
-                [part.gradient for part in held],
+                [part.local_value for part in held],
+                [part.local_gradient for part in held],
                 [part.local_state("momentum_buffer") if group["momentum"] else None for part in held],
                 fused=True,
                 grad_scale=getattr(self, "grad_scale", None),
@@ -61,14 +61,15 @@ class SGD(PartwiseOptimizer):
 
     def _update_in_pieces(self, group: Mapping[str, Any], part: Part) -> None:
         momentum, step = group["momentum"], count_step(part.state)
+        values, gradients = part.value, part.gradient
         write_value = self.rounding(part, step)
         write_buffer = self.rounding(part, step, "momentum_buffer")
         for piece in pieces(part):
-            value, update = part.value[piece].float(), part.gradient[piece].float()
+            value, update = values[piece].float(), gradients[piece].float()
             update.add_(value, alpha=group["weight_decay"])
             if momentum:
-                stored = part.local_state("momentum_buffer")[piece]
+                stored = part.flat_state("momentum_buffer")[piece]
                 buffer = stored.float().mul_(momentum).add_(update)
                 write_buffer.write(stored, buffer, piece.start)
                 update = update.add_(buffer, alpha=momentum) if group["nesterov"] else buffer
-            write_value.write(part.value[piece], value.add_(update, alpha=-group["lr"]), piece.start)
+            write_value.write(values[piece], value.add_(update, alpha=-group["lr"]), piece.start)
