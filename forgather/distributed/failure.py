@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -71,7 +72,7 @@ class Failure:
             world_size=int(os.environ.get("WORLD_SIZE", "1")),
             host=socket.gethostname(),
             time=time.time(),
-            message=user.message if user else "".join(traceback.format_exception_only(error)).strip(),
+            message=user.message if user else _shown(error),
             fix=user.fix if user else None,
             traceback=None if user else "".join(traceback.format_exception(error)),
             exit_code=user.exit_code if user else EXIT_INTERNAL,
@@ -164,6 +165,13 @@ def explain_with(explain: Callable[[BaseException], str | None]) -> None:
     """Let `explain` say of an internal error what it means; None where it does not know."""
     if explain not in _explanations:
         _explanations.append(explain)
+
+
+def _shown(error: BaseException) -> str:
+    """An internal error in its own words, but for Gloo's of a peer that has gone."""
+    text = "".join(traceback.format_exception_only(error)).strip()
+    lost = re.search(r"Connection (?:closed|reset) by peer \[([^\]]+)\]", text)
+    return text if lost is None else f"the connection to a rank on {lost[1]} was lost: its process or host is gone"
 
 
 def clear_failures(folder: Path) -> None:

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import uuid
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,11 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError, RendezvousParameters
 from torch.distributed.elastic.rendezvous import registry as rendezvous
-from torch.distributed.elastic.rendezvous.utils import _parse_rendezvous_config, parse_rendezvous_endpoint
+from torch.distributed.elastic.rendezvous.utils import (
+    _matches_machine_hostname,
+    _parse_rendezvous_config,
+    parse_rendezvous_endpoint,
+)
 
 from forgather.distributed.agent import Agent
 from forgather.distributed.devices import count_cores
@@ -71,9 +75,10 @@ def launch(
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
     _log_to(folder / "torchrun.log")
     watch = _Watch(folder)
-    agent = watch.make_agent(settings, meeting)
     try:
-        code = _run(agent, watch)
+        with _meeting_errors(settings):
+            agent = watch.make_agent(settings, meeting)
+            code = _run(agent, watch)
     except ForgatherError as error:
         if error.exit_code != EXIT_INTERNAL:  # what the message of a defect leads to stays
             shutil.rmtree(folder)
@@ -91,15 +96,6 @@ def _run(agent: Agent, watch: "_Watch") -> int:
     except SignalException as stopped:
         closes = False  # other hosts may go on without this one
         return 128 + stopped.sigval
-    except RendezvousClosedError:
-        raise DistributedError("the other hosts have ended this run", fix="start it again on all; it goes on") from None
-    except RendezvousError as error:
-        lost = DistributedError(
-            f"the hosts of this run cannot meet: {error}",
-            fix="see that all reach the host of --rdzv-endpoint and that it runs, and start this again; it goes on",
-        )
-        lost.exit_code = EXIT_RESUMABLE
-        raise lost from None
     finally:
         if closes:
             with contextlib.suppress(RendezvousError):
@@ -109,6 +105,24 @@ def _run(agent: Agent, watch: "_Watch") -> int:
     if agent.stopped_by is not None and not read_failures(watch.folder):
         return code_left(watch.folder) or 128 + agent.stopped_by  # it came before there was anything to save
     return watch.end(result)
+
+
+@contextlib.contextmanager
+def _meeting_errors(settings: Namespace) -> Iterator[None]:
+    """Say what it means when the hosts of a run do not meet."""
+    place = settings.rdzv_endpoint or f"{settings.master_addr}:{settings.master_port}"
+    try:
+        yield
+    except RendezvousClosedError:
+        raise DistributedError("the other hosts have ended this run", fix="start it again on all; it goes on") from None
+    except RendezvousError as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        lost = DistributedError(
+            f"the hosts of this run cannot meet at {place}: {reason}",
+            fix=f"see that every host reaches {place} and that the host it names runs the same command",
+        )
+        lost.exit_code = EXIT_RESUMABLE
+        raise lost from None
 
 
 class _Watch:
@@ -232,8 +246,10 @@ def _meeting(settings: Namespace, timeout_s: float) -> dict[str, int]:
     if most > 1:
         check_timeouts(meeting, timeout_s)
         host, _ = parse_rendezvous_endpoint(settings.rdzv_endpoint, default_port=29400)
-        # torchrun compares names: where a host's own leads to 127.0.1.1, it does not know itself by its address.
-        meeting |= {} if "is_host" in asked else {"is_host": int(is_this_host(host))}
+        # torchrun compares names: where a host's own leads to 127.0.1.1, it does not know itself by its address. Where
+        # it is right it is left to its own: then the second of two agents on one host goes to the first.
+        if "is_host" not in asked and is_this_host(host) != _matches_machine_hostname(host):
+            meeting["is_host"] = int(is_this_host(host))
         settings.local_addr = settings.local_addr or str(route_to(host).address)
     return meeting
 

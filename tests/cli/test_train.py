@@ -1,6 +1,7 @@
 """`forgather train` runs one rank here, starts several, or is one of them."""
 
 import os
+import socket
 import subprocess
 import sys
 from types import ModuleType
@@ -21,8 +22,9 @@ def started(monkeypatch):
         calls.append(("worker", project.config_name, fresh, dry_run, refresh_model, project.show("main")))
         return 75
 
-    def launch(module, arguments, processes, extra):
+    def launch(module, arguments, processes, extra, *, timeout_s):
         calls.append(("launch", module, arguments, processes, extra))
+        assert timeout_s == 0.0, "this config does not say how long a collective may take"
         return 75
 
     worker.run_worker = run_worker
@@ -52,6 +54,27 @@ def test_several_ranks_get_the_same_words(forgather, started):
     words = ["-t", "train", "train", "--nproc", "2", "main.steps=7", "--lr=-1", "--dry-run"]
     assert forgather(*words).code == 75
     assert started == [("launch", "forgather", words, 2, [])]
+
+
+def test_several_hosts_and_restarts_are_said_to_torchrun(forgather, started):
+    words = ["train", "--nnodes", "2:4", "--rdzv-endpoint", "a:29500", "--max-restarts", "3", "--nproc", "1"]
+    assert forgather(*words).code == 75
+    meeting = ["--nnodes=2:4", "--rdzv-backend=c10d", "--rdzv-endpoint=a:29500", "--max-restarts=3"]
+    assert started == [("launch", "forgather", words, 1, meeting)]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--nnodes", "2"], "--nnodes 2 needs a place to meet"),
+        (["--nnodes", "4:2"], "'4:2' is not a number of hosts"),
+        (["--max-restarts", "-1"], "'-1' is not a number of restarts"),
+    ],
+)
+def test_what_hosts_cannot_do_is_told_before_any_rank_starts(words, message, forgather, started):
+    done = forgather("train", *words)
+    assert (done.code, started) == (2, [])
+    assert message in done.err
 
 
 def test_words_after_two_dashes_are_for_torchrun(forgather, started):
@@ -101,5 +124,5 @@ def test_a_rank_that_torchrun_started_tells_a_user_error_in_two_lines(project):
     environment = {**os.environ, "RANK": "1", "WORLD_SIZE": "2"}
     done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: rank 1 of 2: ")
+    assert done.stderr.startswith(f"error: rank 1 of 2 on {socket.gethostname()}: ")
     assert len(done.stderr.splitlines()) == 2
