@@ -6,6 +6,8 @@ and are added up in fp32, and the optimizer sees only fp32. (`torch.autocast` is
 each operation and keeps norms and the residual stream in fp32.)
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -24,7 +26,7 @@ class ComputeCopies:
 
     Outside the forward the module holds its own parameters, so state dicts, optimizers and `parameters()` never see a
     copy. Copies are refreshed at each forward, as FSDP casts at each gather: that parameters have changed cannot be
-    seen, since fused optimizers leave `_version` as it was.
+    seen, since fused optimizers leave `_version` as it was. `held` keeps them as they are for several forwards.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
@@ -32,6 +34,7 @@ class ComputeCopies:
         self.dtype = dtype
         # Filled at the first forward: until then loading or materialising may still replace parameters.
         self._slots: list[tuple[nn.Module, str, nn.Parameter, nn.Parameter]] = []
+        self._is_held = False
         model.register_forward_pre_hook(self._lend)
         model.register_forward_hook(self._take_back, always_call=True)
 
@@ -40,7 +43,17 @@ class ComputeCopies:
         copied = {id(master): copy for _, _, master, copy in self._slots}
         return [copied.get(id(parameter), parameter) for parameter in self.model.parameters()]
 
-    def _lend(self, _model: nn.Module, _args: Any) -> None:
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within, copies stay as they are now: backwards that are yet to come need them as their forwards saw them."""
+        self._refresh()
+        self._is_held = True
+        try:
+            yield
+        finally:
+            self._is_held = False
+
+    def _refresh(self) -> None:
         if any(module._parameters[name] is not master for module, name, master, _ in self._slots) or not self._slots:
             self._slots = self._make_slots()
         if not self._slots:  # parameters that are all in `dtype` themselves
@@ -49,6 +62,10 @@ class ComputeCopies:
             torch._foreach_copy_(
                 [local_part(copy) for *_, copy in self._slots], [local_part(master) for _, _, master, _ in self._slots]
             )
+
+    def _lend(self, _model: nn.Module, _args: Any) -> None:
+        if not self._is_held:
+            self._refresh()
         for module, name, _, copy in self._slots:
             module._parameters[name] = copy
 

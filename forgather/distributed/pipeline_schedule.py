@@ -1,6 +1,7 @@
 """Training microbatches through the stages in the order of a schedule of torch.distributed.pipelining."""
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
-from forgather.distributed.fsdp import computed_parameters, mark_microbatch, sum_replicas
+from forgather.distributed.fsdp import computed_parameters, copies_held, mark_microbatch, sum_replicas
 from forgather.distributed.pipeline import Pipeline, Stage
 
 
@@ -48,13 +49,16 @@ class ScheduledRun:
         for stage in self.pipeline.stages:
             mark_microbatch(stage.model, is_last=False)  # the schedule says when the gradients of a stage are complete
         targets_MBL = torch.cat(list(targets))
-        self._schedule.step(
-            torch.cat(list(input_ids)),
-            position_ids=torch.cat(list(position_ids)),
-            targets=targets_MBL,
-            target=targets_MBL,  # the schedule wants some; the last stage has computed the loss already
-            return_outputs=False,
-        )
+        with ExitStack() as held:
+            for stage in self.pipeline.stages:
+                held.enter_context(copies_held(stage.model))
+            self._schedule.step(
+                torch.cat(list(input_ids)),
+                position_ids=torch.cat(list(position_ids)),
+                targets=targets_MBL,
+                target=targets_MBL,  # the schedule wants some; the last stage has computed the loss already
+                return_outputs=False,
+            )
 
     def _make_stage(self, stage: Stage) -> "_ScheduledStage":
         tokens = torch.empty(self.shape, dtype=torch.int64, device="meta")

@@ -5,8 +5,8 @@ et al. 2022, arXiv:2205.05198. A block keeps its class and its parameters their 
 so hooks on the block, FSDP's among them, run once and not again when it is recomputed.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -83,23 +83,39 @@ class Recomputed:
 
     def _eager_contexts(self) -> tuple[Any, Any]:
         forward, again = _selective_contexts() if self.selective else (nullcontext(), nullcontext())
-        return forward, self._as_in_forward([parameters[name] for parameters, name in self.places], again)
+        return forward, _AsInForward(self, self.now(), again)
 
-    @contextmanager
-    def _as_in_forward(self, seen: list[nn.Parameter | None], inner: Any) -> Iterator[None]:
-        """Within, the block has the parameters that its forward saw: copies in bf16, say, lent for the forward only."""
-        now = [parameters[name] for parameters, name in self.places]
-        self._put(seen)
-        try:
-            with inner:
-                yield
-        finally:
-            self._put(now)
+    def now(self) -> list[nn.Parameter | None]:
+        """The parameters that the block has at this moment."""
+        return [parameters[name] for parameters, name in self.places]
 
-    def _put(self, values: list[nn.Parameter | None]) -> None:
+    def put(self, values: list[nn.Parameter | None]) -> None:
         for (parameters, name), value in zip(self.places, values, strict=True):
             if parameters[name] is not value:
                 parameters[name] = value
+
+
+class _AsInForward:
+    """Within, a block has the parameters that its forward saw: copies in bf16, say, lent for the forward only.
+
+    Entered for each backward over the block: twice, where gradients of inputs and of weights are made apart.
+    """
+
+    def __init__(self, block: Recomputed, seen: list[nn.Parameter | None], inner: Any) -> None:
+        self.block = block
+        self.seen = seen
+        self.inner = inner
+
+    def __enter__(self) -> None:
+        self.before = self.block.now()
+        self.block.put(self.seen)
+        self.inner.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            self.inner.__exit__(*error)
+        finally:
+            self.block.put(self.before)
 
 
 def _choose(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:

@@ -13,7 +13,7 @@ from forgather.distributed.mesh import Mesh
 from forgather.distributed.mixed_precision import COMPUTE_DTYPE, Precision
 from forgather.distributed.offload import apply_offload, require_device
 from forgather.distributed.pipeline_plan import PipelinePlan
-from forgather.distributed.recompute import apply_recompute
+from forgather.distributed.recompute import SELECTIVE, apply_recompute
 from forgather.distributed.tensor_parallel import apply_tensor_parallel
 from forgather.errors import ConfigError, DistributedError
 from forgather.models.initialize import InitRules, initialize
@@ -85,10 +85,9 @@ def assemble(
 
     if mesh.pipeline > 1:
         assert pipeline is not None, "a mesh with a pipeline needs its plan"
-        if pipeline.schedule.splits_backward and fsdp.reshard_after_forward is True and mesh.shard > 1:
-            raise DistributedError(
-                f"schedule {pipeline.schedule.name} makes gradients of weights when their blocks would be freed again",
-                fix="use model.fsdp.reshard_after_forward auto or false, or a schedule without zero bubble",
+        if pipeline.schedule.splits_backward:
+            _refuse_unfit(
+                pipeline.schedule.name, recompute, frees=mesh.shard > 1 and fsdp.reshard_after_forward is True
             )
         return assemble_stages(
             construct, pipeline, make_trainable, parameter_dtype=dtype, compute_dtype=COMPUTE_DTYPE[precision]
@@ -96,3 +95,18 @@ def assemble(
     model = construct(device="meta", dtype=dtype)  # shapes only, so a model of any size
     make_trainable(model)
     return model.train()
+
+
+def _refuse_unfit(schedule: str, recompute: str | int, *, frees: bool) -> None:
+    """Refuse what cannot be where the backward of a block is made in two parts."""
+    other = "or a schedule without zero bubble"
+    if frees:
+        raise DistributedError(
+            f"schedule {schedule} makes gradients of weights when their blocks would have been freed",
+            fix=f"use model.fsdp.reshard_after_forward auto or false, {other}",
+        )
+    if recompute == SELECTIVE:
+        raise DistributedError(
+            f"schedule {schedule} makes two backwards over a block, and what is selectively kept is there for one",
+            fix=f"use recompute full, which computes it again for each, {other}",
+        )

@@ -93,7 +93,7 @@ def spread(one_group_below: int) -> tuple[str, list[str], str]:
 
 def test_blocks_are_groups_and_the_head_belongs_to_the_root(two_ranks):
     for words, groups, head in two_ranks.run(spread, 0):
-        assert words == "FSDP2 in 3 groups, fp32"
+        assert words == "FSDP2 in 3 groups, blocks freed after forward, fp32"
         assert groups == ["", "model.layers.0", "model.layers.1"]
         assert head == "sharded with the root"
 
