@@ -115,8 +115,9 @@ class _Enter(torch.autograd.Function):
 class _Add(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        if x.is_contiguous():
-            ctx.mark_dirty(x)
+        if torch.compiler.is_compiling() or not x.is_contiguous():
+            return _sum(x.clone(memory_format=torch.contiguous_format), group)
+        ctx.mark_dirty(x)
         return _sum(x, group)
 
     @staticmethod
