@@ -121,14 +121,16 @@ def measure_background(opened: RunFolder, run: State, turns: int) -> dict[str, A
                 quiet += [timed(run.step) for _ in range(3)]
             stalls.append(timed(lambda number=turn: store.save(run.state, 1 + number)))
             with torch.enable_grad():
-                # All ranks make the same steps: rank 0, which hears last that it is whole, says how many.
-                while is_writing(store):
-                    writing.append(timed(run.step))
+                # Not to the end of the writing: at its low priority it waits for a processor that nobody wants.
+                for _ in range(6):
+                    if is_writing(store):
+                        writing.append(timed(run.step))
             store.finish()
     return {"stalls": stalls[1:], "copies": copies[1:], "quiet": quiet[3:], "writing": writing, "first": stalls[0]}
 
 
 def is_writing(store: CheckpointStore) -> bool:
+    """Whether no rank has heard yet that it is whole; all must make the same steps."""
     whole = torch.tensor(int(store.committed() is not None))
     dist.all_reduce(whole, dist.ReduceOp.MAX)
     return not whole

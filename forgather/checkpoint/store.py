@@ -95,7 +95,7 @@ class CheckpointStore:
         self._writer: Writer | None = None
         self._plans = Plans()
         self._pending: Pending | None = None
-        self._heard: Committed | None = None  # that it is whole, which ranks hear one after the other
+        self._heard: Committed | Failed | None = None  # what became of it, which ranks hear one after the other
         self._told: Pending | None = None  # a save that has become whole, which nobody was told of yet
         self._number = 0
         self._is_tidy = False  # whether the leftovers of saves that nobody goes on with are gone
@@ -246,6 +246,8 @@ class CheckpointStore:
 
     def _part_written(self) -> ForgatherError | None:
         """Wait until this rank's part of the last save is on the disk; the error when it is not."""
+        if isinstance(self._heard, Failed):
+            return self._heard.error
         if self._pending is None or self._writer is None or self._heard is not None:
             return None
         return self._writer.written()
@@ -272,9 +274,11 @@ class CheckpointStore:
             raise outcome.error
 
     def _hear(self, outcome: Committed | Failed | None) -> None:
-        """Note, on this rank, that the last save is whole. It stays pending until all ranks settle it together."""
-        if isinstance(outcome, Committed) and self._heard is None:
-            self._heard = outcome
+        """Note, on this rank, what became of the last save. It stays pending until all ranks settle it together."""
+        if outcome is None or self._heard is not None:
+            return
+        self._heard = outcome
+        if isinstance(outcome, Committed):
             self._told = self._pending
             for warning in outcome.warnings:
                 self.run.say(warning)
