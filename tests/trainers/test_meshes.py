@@ -5,12 +5,17 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from forgather.distributed import fsdp
 from forgather.distributed.collectives import sum_ranks
 from forgather.distributed.environment import Environment
 from forgather.distributed.mesh import Mesh
+from forgather.errors import DistributedError
+from forgather.generation.sample import generate_ids
+from forgather.generation.sampling import Sampler
 from forgather.models.parts.initializers import Normal
 from forgather.optim.schedules import constant
 from forgather.trainers.assemble import assemble
@@ -130,6 +135,35 @@ def test_four_ranks_equal_one(four_ranks, single, axes, tied):
 )
 def test_how_a_mesh_does_it_changes_nothing(four_ranks, single, options):
     assert_equal(four_ranks.run(train, {"tensor": 2, "shard": 2}, tied=False, **options), single[False])
+
+
+def start(axes: dict[str, int], tied: bool) -> tuple[dict[str, Tensor], float, list[int]]:
+    """A new model's values, gathered; its loss on rows that it is not trained on; and what it writes."""
+    mesh = Mesh(Environment(device="cpu"), **{"shard": 1, **axes})
+    step = build(mesh, tied, groups=True)
+    model = step.model
+    values = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    gathered = {name: (v.full_tensor() if isinstance(v, DTensor) else v).detach() for name, v in values.items()}
+    loss = step.rehearse(microbatches(0, mesh.data_rank, mesh.data_ranks, 1))
+    sampler = Sampler(1.0, None, None, 7, vocab_size=VOCABULARY)
+    return gathered, loss, generate_ids(model, [1, 2, 3], sampler, max_new_tokens=6)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("axes", [{"tensor": 2, "shard": 2}, {"tensor": 2, "replicate": 2}, {"tensor": 4}], ids=str)
+def test_any_mesh_starts_with_the_same_bits_and_says_the_same(four_ranks, axes, tied):
+    values, loss, text = start({}, tied)
+    for theirs, their_loss, their_text in four_ranks.run(start, axes, tied):
+        assert theirs.keys() == values.keys()
+        for name, value in values.items():
+            assert torch.equal(theirs[name], value), name
+        assert their_loss == pytest.approx(loss, rel=TOLERANCE)
+        assert their_text == text
+
+
+def test_an_offload_where_there_is_nothing_to_offload_from_is_refused():
+    with pytest.raises(DistributedError, match="cpu_offload is true, but the run is on the CPU"):
+        build(Mesh(Environment(device="cpu")), tied=False, groups=True, fsdp=fsdp.FsdpOptions(cpu_offload=True))
 
 
 @pytest.mark.soak
