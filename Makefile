@@ -39,6 +39,7 @@ demo: $(STAMP)
 # Each prints ratios against a baseline that runs in the same process; the hand-written baselines stand beside them.
 bench: $(STAMP)
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/parallel.py
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/construct.py
 	$(BIN)/python benchmarks/model_speed.py
