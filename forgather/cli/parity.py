@@ -56,8 +56,9 @@ def run(options: Options) -> int:
     from forgather.trainers.comparison import Comparison
     from forgather.trainers.parity import Plan, compare_plans
 
-    if "precision" in project.parameters and "precision" not in options.arguments:
-        project = project.replaced(args={"precision": "fp32"})
+    if "precision" not in options.arguments:
+        exact = {name: "fp32" for name in ("precision", "parameter_dtype") if name in project.parameters}
+        project = project.replaced(args=exact) if exact else project
     a, b = Plan.parse(options.plan_a), Plan.parse(options.plan_b)
     steps = project.plain_arguments("main").get("steps") if project.has("main") else None
     first = min(options.first, steps) if isinstance(steps, int) else options.first
