@@ -57,7 +57,9 @@ def run(options: Options) -> int:
     from forgather.trainers.parity import Plan, compare_plans
 
     if "precision" not in options.arguments:
-        exact = {name: "fp32" for name in ("precision", "parameter_dtype") if name in project.parameters}
+        exact: dict[str, str] = {
+            name: "fp32" for name in ("precision", "parameter_dtype") if name in project.parameters
+        }
         project = project.replaced(args=exact) if exact else project
     a, b = Plan.parse(options.plan_a), Plan.parse(options.plan_b)
     steps = project.plain_arguments("main").get("steps") if project.has("main") else None
