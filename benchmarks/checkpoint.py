@@ -38,6 +38,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from verdict import Bar, print_verdict
 
+from forgather.checkpoint.keep import Keep
 from forgather.checkpoint.part import write_all
 from forgather.checkpoint.run_folder import RunFolder
 from forgather.checkpoint.state import TrainState
@@ -138,16 +139,17 @@ def is_writing(store: CheckpointStore) -> bool:
 
 def measure_waiting(opened: RunFolder, run: State, turns: int, folder: Path) -> dict[str, Any]:
     parts = run.parts
-    plain = folder / f"plain-{dist.get_rank()}.bin"
+    plain = folder / "none yet"
     saves, writes, loads, reads, cold_loads, cold_reads, verified = [], [], [], [], [], [], []
-    with CheckpointStore(opened, asynchronous=False) as store:
+    # None is removed meanwhile: the plain files are not, either.
+    with CheckpointStore(opened, Keep(last=100), asynchronous=False) as store:
         for turn in range(turns + 1):
             for is_ours in (turn % 2 == 0, turn % 2 == 1):
                 if is_ours:
                     saves.append(timed(lambda number=turn: store.save(run.state, 1000 + number)))
                 else:
-                    plain.unlink(missing_ok=True)
-                    writes.append(timed(lambda: write_plain(plain, parts)))
+                    plain = folder / f"plain-{turn}-{dist.get_rank()}.bin"
+                    writes.append(timed(lambda path=plain: write_plain(path, parts)))
         checkpoint = store.newest()
         assert checkpoint is not None
         files = [plain, checkpoint.path / f"rank-{dist.get_rank():05d}.bin"]

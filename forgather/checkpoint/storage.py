@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from forgather.checkpoint.layout import Chunk, Layout, StoredTensor
+from forgather.checkpoint.part import blocks_of
 from forgather.errors import CheckpointError
 from forgather.tensor_boxes import Box, local_box
 
@@ -94,9 +95,14 @@ class _Wanted:
         direct = only_rows and target.is_contiguous() and target.device.type == "cpu" and target.dtype == dtype
         rows = target if direct else torch.empty((count, *self.chunk.sizes[1:]) if sizes else (), dtype=dtype)
         data = raw_bytes(rows)
-        if read_all(descriptor, data, self.chunk.at + first * row_bytes) != data.nbytes:
-            raise CheckpointError(f"{folder / self.chunk.file} ends before the bytes of {self.name}")
-        if data.nbytes == self.chunk.length and xxhash.xxh3_64_hexdigest(data) != self.chunk.xxh3:
+        digest = xxhash.xxh3_64()
+        at = self.chunk.at + first * row_bytes
+        for block in blocks_of(data):
+            if read_all(descriptor, block, at) != block.nbytes:
+                raise CheckpointError(f"{folder / self.chunk.file} ends before the bytes of {self.name}")
+            digest.update(block)  # while it is in the cache of the processor
+            at += block.nbytes
+        if data.nbytes == self.chunk.length and digest.hexdigest() != self.chunk.xxh3:
             raise CheckpointError(f"{folder / self.chunk.file} was altered where {self.name} is stored")
         if not direct:
             inner = _region(offsets, sizes, (offsets[0], *self.chunk.offsets[1:])) if sizes else ()
