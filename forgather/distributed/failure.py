@@ -170,7 +170,7 @@ def explain_with(explain: Callable[[BaseException], str | None]) -> None:
 def _shown(error: BaseException) -> str:
     """An internal error in its own words, but for Gloo's of a peer that has gone."""
     text = "".join(traceback.format_exception_only(error)).strip()
-    lost = re.search(r"Connection (?:closed|reset) by peer \[([^\]]+)\]", text)
+    lost = re.search(r"\[([0-9a-fA-F.:]+)\]:\d+", text) if "gloo" in text and "by peer" in text else None
     return text if lost is None else f"the connection to a rank on {lost[1]} was lost: its process or host is gone"
 
 

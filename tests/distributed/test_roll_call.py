@@ -8,6 +8,7 @@ from datetime import timedelta
 import pytest
 
 from forgather.distributed import roll_call
+from forgather.distributed.failure import Failure
 from forgather.distributed.timeouts import check_collective_timeout, check_timeouts
 from forgather.errors import DistributedError
 from tests.ranks import RankPool
@@ -47,6 +48,20 @@ def test_only_timeouts_of_collectives_are_explained():
     assert roll_call.explain(ValueError("Timed out waiting")) is None
     assert roll_call.explain(RuntimeError("Timed out waiting")) is None, "it was no collective"
     assert roll_call.explain(RuntimeError("boom")) is None
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Connection closed by peer [10.0.0.2]:38319. This is typically",
+        "Read error [10.0.0.2]:38319: Connection reset by peer",
+    ],
+)
+def test_a_peer_that_has_gone_is_told_in_our_words(said, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    failure = Failure.of(RuntimeError(f"[/gloo/gloo/transport/tcp/pair.cc:553] {said}"))
+    assert failure.message == "the connection to a rank on 10.0.0.2 was lost: its process or host is gone"
+    assert Failure.of(RuntimeError("boom")).message == "RuntimeError: boom"
 
 
 def _meet(where):
