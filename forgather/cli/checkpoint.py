@@ -160,7 +160,9 @@ def _diff(left: Path, right: Path) -> int:
 def _prune(run: Path, options: Options) -> None:
     if options.last is None and options.every is None and options.best is None:
         raise UsageError("prune is not told what to keep", fix="--last 2, --every 1000, --best 3, or several of them")
-    keep = Keep(1 if options.last is None else options.last, options.every, options.best, options.metric, options.highest)
+    keep = Keep(
+        1 if options.last is None else options.last, options.every, options.best, options.metric, options.highest
+    )
     checkpoints = _checkpoints_of(run)
     lock = RunLock(run / ".lock")  # a live run removes its checkpoints itself
     try:
