@@ -49,6 +49,7 @@ def test_the_shipped_rule_finds_norms_and_biases_of_all_families():
 
 
 @pytest.mark.training_case(84)
+@pytest.mark.training_case(84)
 def test_the_first_match_wins_and_none_drops_a_rule():
     rules = {"head": {"match": "lm_head"}, "dropped": None, "all": {"match": ""}}
     groups = names_of(split(Named(), rules))
@@ -73,6 +74,7 @@ def test_a_rule_without_a_regular_expression_is_an_error(rule):
         split(Named(), {"bad": rule})
 
 
+@pytest.mark.training_case(84)
 def test_options_of_a_group_reach_the_optimizer_and_are_described():
     optimizer = build_optimizer(
         Named(),
