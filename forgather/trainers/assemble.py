@@ -86,9 +86,8 @@ def assemble(
     if mesh.pipeline > 1:
         assert pipeline is not None, "a mesh with a pipeline needs its plan"
         if pipeline.schedule.splits_backward:
-            _refuse_unfit(
-                pipeline.schedule.name, recompute, frees=mesh.shard > 1 and fsdp.reshard_after_forward is True
-            )
+            frees = mesh.shard > 1 and fsdp.reshard_after_forward is True
+            _refuse_unfit(pipeline.schedule.name, recompute, frees=frees, compiles=bool(compile))
         return assemble_stages(
             construct, pipeline, make_trainable, parameter_dtype=dtype, compute_dtype=COMPUTE_DTYPE[precision]
         )
@@ -97,13 +96,18 @@ def assemble(
     return model.train()
 
 
-def _refuse_unfit(schedule: str, recompute: str | int, *, frees: bool) -> None:
+def _refuse_unfit(schedule: str, recompute: str | int, *, frees: bool, compiles: bool) -> None:
     """Refuse what cannot be where the backward of a block is made in two parts."""
     other = "or a schedule without zero bubble"
     if frees:
         raise DistributedError(
             f"schedule {schedule} makes gradients of weights when their blocks would have been freed",
             fix=f"use model.fsdp.reshard_after_forward auto or false, {other}",
+        )
+    if compiles:
+        raise DistributedError(
+            f"schedule {schedule} makes two backwards over a block, and a compiled block has one that does all",
+            fix=f"use compile false, {other}",
         )
     if recompute == SELECTIVE:
         raise DistributedError(

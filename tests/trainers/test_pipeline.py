@@ -125,9 +125,17 @@ def refused_options(**options: Any) -> str:
     return str(caught.value)
 
 
-def test_what_cannot_be_where_the_backward_is_split(two_ranks):
-    for message in two_ranks.run(refused_options, recompute="selective"):
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"recompute": "selective"}, "what is selectively kept is there for one"),
+        ({"compile": True}, "a compiled block"),
+    ],
+)
+def test_what_cannot_be_where_the_backward_is_split(two_ranks, options, expected):
+    for message in two_ranks.run(refused_options, **options):
         assert "schedule zbv makes two backwards over a block" in message
+        assert expected in message
 
 
 @pytest.mark.soak
