@@ -72,6 +72,13 @@ def read_tensor(folder: Path, layout: Layout, name: str) -> Tensor:
     return whole
 
 
+def read_box(
+    descriptor: int, folder: Path, name: str, stored: StoredTensor, chunk: Chunk, box: Box, target: Tensor
+) -> None:
+    """Fill `target`, which has the shape of `box`, from the open file of the `chunk` that the box lies in."""
+    _Wanted(name, stored, chunk, box, box[0], target).read(descriptor, folder)
+
+
 @dataclass(frozen=True)
 class _Wanted:
     """A box of the whole tensor that is read from one chunk into one rank's part."""
