@@ -3,7 +3,7 @@
 import os
 import sys
 import traceback
-from typing import Any
+from typing import Any, TypeVar
 
 from forgather.checkpoint.resume import changes
 from forgather.config.project import Project
@@ -14,6 +14,8 @@ from forgather.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_RESUMABLE, ConfigEr
 from forgather.trainers.events import Outcome
 from forgather.trainers.trainer import Trainer
 
+Kind = TypeVar("Kind")
+
 
 def run_worker(project: Project, *, fresh: bool = False, dry_run: bool = False, refresh_model: bool = False) -> int:
     """Build the target `main` of `project` and run it; returns the exit code.
@@ -23,7 +25,7 @@ def run_worker(project: Project, *, fresh: bool = False, dry_run: bool = False, 
     and `package`, which `lib:train/causal_lm.yaml` has.
     """
     session = project.session()
-    environment: Environment = session.build("environment")
+    environment = _of_kind(project, "environment", session.build("environment"), Environment)
     require_equal("the resolved configuration", project.digest)
     if refresh_model:
         _require_target(project, "package", "--refresh-model", "package: !ref model_project.package")
@@ -102,13 +104,17 @@ def _build(project: Project, session: Any, fresh: bool) -> Trainer:
     if fresh:
         _require_target(project, "fresh", "--fresh", "fresh: false, and use it in its run folder")
         given["fresh"] = True
-    main = session.build("main", given=given)
-    if not isinstance(main, Trainer):
+    return _of_kind(project, "main", session.build("main", given=given), Trainer)
+
+
+def _of_kind(project: Project, target: str, built: object, kind: type[Kind]) -> Kind:
+    if not isinstance(built, kind):
         raise ConfigError(
-            f"the target `main` of config {project.config_name!r} is a {type(main).__name__}, not a Trainer",
-            fix="let main be a !singleton:forgather.trainers.trainer:Trainer",
+            f"the target `{target}` of config {project.config_name!r} is a {type(built).__name__}, not a"
+            f"{'n' if kind.__name__[0] in 'AEIOU' else ''} {kind.__name__}",
+            fix=f"let {target} be a !singleton:{kind.__module__}:{kind.__name__}, or extend lib:train/causal_lm.yaml",
         )
-    return main
+    return built
 
 
 def _require_target(project: Project, target: str, flag: str, written: str) -> None:

@@ -142,7 +142,7 @@ def test_a_dry_run_does_all_but_train(folder, capsys):
 
 
 def test_a_warm_up_longer_than_the_run_is_told_before_anything_is_said_or_made(folder, capsys):
-    with pytest.raises(ConfigError, match="the schedule has warmup 9 steps, but the run has 4"):
+    with pytest.raises(ConfigError, match="the schedule has warmup 9, but its length is 4"):
         run_worker(Project(folder, args={"run_name": "warm", "warmup": 9}))
     assert capsys.readouterr().out == ""
     assert not (folder / "runs" / "warm").exists()
@@ -176,13 +176,17 @@ def test_a_run_that_diverges_ends_with_its_last_checkpoint_whole(folder):
 
 
 def test_a_main_of_another_kind_is_refused(folder):
-    (folder / "configs" / "other.yaml").write_text("environment: null\nmain: !singleton:builtins:dict {}\n")
+    environment = "environment: !singleton:forgather.distributed.environment:Environment {device: cpu}\n"
+    (folder / "configs" / "other.yaml").write_text(f"{environment}main: !singleton:builtins:dict {{}}\n")
     with pytest.raises(ConfigError, match="is a dict, not a Trainer"):
         run_worker(Project(folder, "other"))
     with pytest.raises(ConfigError, match="has no target `fresh`"):
         run_worker(Project(folder, "other"), fresh=True)
     with pytest.raises(ConfigError, match="has no target `package`, which --refresh-model needs"):
         run_worker(Project(folder, "other"), refresh_model=True)
+    (folder / "configs" / "homeless.yaml").write_text("environment: null\nmain: !singleton:builtins:dict {}\n")
+    with pytest.raises(ConfigError, match=r"`environment` .* is a NoneType, not an Environment"):
+        run_worker(Project(folder, "homeless"))
 
 
 def test_data_made_by_another_tokenizer_are_refused(folder):
