@@ -3,4 +3,5 @@
 #     launch/one_node.sh -p configs/tiny_llama --lr 3e-4
 # Words after `--` are torchrun's: launch/one_node.sh -p configs/tiny_llama -- --max-restarts 3
 set -euo pipefail
-exec "${PYTHON:-python3}" -m forgather train "$@"
+python=${PYTHON:-$(ls "$(dirname "$0")/../.venv/bin/python" 2>/dev/null || echo python3)}
+exec "$python" -m forgather train "$@"

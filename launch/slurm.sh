@@ -11,11 +11,13 @@
 # Five minutes before its time is over, or when it is preempted, the run is told to stop: it saves and ends with 75. The
 # job is then queued again and goes on. A host that fails ends the job; Slurm queues it again on others.
 set -euo pipefail
+# Slurm runs a copy of this file, so it is looked for in the folder of the submission.
+python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 first=${hosts%%$'\n'*}
 port=$((20000 + SLURM_JOB_ID % 10000)) # two jobs may share a host
 code=0
-srun --kill-on-bad-exit=1 "${PYTHON:-python3}" -m forgather train --nnodes "$SLURM_NNODES" \
+srun --kill-on-bad-exit=1 "$python" -m forgather train --nnodes "$SLURM_NNODES" \
     --rdzv-endpoint "$first:$port" "$@" || code=$?
 if [ "$code" -eq 75 ]; then
     exec scontrol requeue "$SLURM_JOB_ID"

@@ -160,6 +160,9 @@ def _diff(left: Path, right: Path) -> int:
 def _prune(run: Path, options: Options) -> None:
     if options.last is None and options.every is None and options.best is None:
         raise UsageError("prune is not told what to keep", fix="--last 2, --every 1000, --best 3, or several of them")
+    for flag, count in (("--last", options.last), ("--every", options.every), ("--best", options.best)):
+        if count is not None and count < 1:
+            raise UsageError(f"{flag} is {count}", fix=f"give {flag} a whole number from 1")
     keep = Keep(
         1 if options.last is None else options.last, options.every, options.best, options.metric, options.highest
     )
@@ -190,7 +193,13 @@ def _checkpoints_of(run: Path) -> Path:
         fix = (
             f"name one of the runs in it: {', '.join(runs[:4])}" if runs else "name a run folder, such as runs/default"
         )
-        raise CheckpointError(f"{run} is no run: it has no folder checkpoints", fix=fix)
+        if run.exists():
+            raise CheckpointError(f"{run} is no run: it has no folder checkpoints", fix=fix)
+        there = sorted(path.name for path in run.parent.glob("step-*"))
+        raise CheckpointError(
+            f"there is no {run}",
+            fix=f"of this run there are {', '.join(there)}" if there else f"{fix}",
+        )
     return folder
 
 

@@ -117,6 +117,8 @@ def _find(source: str) -> Path:
 
 def _copy(source: Path, folder: Path, name: str) -> None:
     shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*_OUTPUTS))
+    if not (folder / ".gitignore").exists():  # that of the shipped ones stands above them all
+        (folder / ".gitignore").write_text(_GITIGNORE, encoding="utf-8")
     path = folder / PROJECT_FILE
     text, count = re.subn(r"^name:.*$", f"name: {name}", path.read_text(encoding="utf-8"), count=1, flags=re.MULTILINE)
     path.write_text(text if count else f"name: {name}\n{text}", encoding="utf-8")

@@ -134,7 +134,8 @@ def _resolve(world_size: int, asked: Mapping[str, Size]) -> dict[str, int]:
         return sizes
     told = _words({axis: size for axis, size in sizes.items() if size > 1 or axis in ("replicate", "shard")})
     raise DistributedError(
-        f"mesh {told} takes {prod(sizes.values())} processes, and there are {world_size}", fix=_fix(world_size, sizes)
+        f"mesh {told} takes {prod(sizes.values())} processes, and there are {world_size}",
+        fix=f"start {prod(sizes.values())} (--nproc {prod(sizes.values())} on one host), or {_fix(world_size, sizes)}",
     )
 
 
