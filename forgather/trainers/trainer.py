@@ -98,7 +98,7 @@ class Trainer:
         self.eval_every = Interval("eval_every", eval_every, steps_per_epoch=steps_per_epoch)
         self.save_every = Interval("save_every", save_every, steps_per_epoch=steps_per_epoch)
         extras = {"data": data, "update": step.update, "goodput": meter.ledger, **self.hooks.with_state()}
-        self.state = TrainState(model, optimizer, extras)
+        self.state = TrainState(model, optimizer, extras, mesh.sizes)
         # Of the whole model; a rank that holds a few of its layers cannot count them.
         self.num_parameters = num_parameters or sum(parameter.numel() for parameter in model.parameters())
         self.steps_done = 0

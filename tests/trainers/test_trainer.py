@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from forgather.checkpoint.resume import changes
 from forgather.errors import ConfigError
 from forgather.metrics.sinks import read_rows
 from forgather.trainers.events import Evaluated, Finished, Hooks, Outcome, Saved, Started, StepEnded
@@ -94,6 +95,17 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, corpus, two_ranks)
     train(tmp_path, corpus, 6, name="other way", stop_at=3)
     for _, losses in two_ranks.run(train, tmp_path, corpus, 6, name="other way"):
         assert losses == pytest.approx(expected, rel=2e-6)
+
+
+def test_a_checkpoint_says_over_which_mesh_it_was_saved(tmp_path, corpus, two_ranks):
+    two_ranks.run(train, tmp_path, corpus, 2)
+    trainer = make_trainer(tmp_path, corpus, steps=4)
+    checkpoint = trainer.resume()
+    assert checkpoint is not None
+    assert checkpoint.manifest.mesh == {"pipeline": 1, "replicate": 1, "shard": 2, "tensor": 1}
+    told = changes(checkpoint, config="", world_size=1, mesh=trainer.state.mesh)
+    assert "mesh: shard 2 -> one device" in told
+    trainer.checkpoints.run.close()
 
 
 def test_hooks_hear_what_happens(tmp_path, corpus):
