@@ -95,7 +95,8 @@ class BackgroundWriter:
         self._job: WritePart | None = None
         ours, theirs = socket.socketpair()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "forgather.checkpoint.writer", str(theirs.fileno()), str(self._descriptor)],
+            # -P: a random.py in the folder where the run was started is not the module of that name.
+            [sys.executable, "-P", "-m", "forgather.checkpoint.writer", str(theirs.fileno()), str(self._descriptor)],
             pass_fds=(theirs.fileno(), self._descriptor),
             stdin=subprocess.DEVNULL,
             env={

@@ -172,6 +172,16 @@ def test_signals_of_a_terminal_do_not_end_it(folder: RunFolder) -> None:
     assert saved_steps(folder.checkpoints) == [1, 2]
 
 
+def test_files_where_the_run_was_started_are_no_modules(
+    folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "random.py").write_text("raise SystemExit('of the user')")
+    monkeypatch.chdir(tmp_path)
+    with CheckpointStore(folder) as store:
+        store.save(Run().state, 1)
+    assert saved_steps(folder.checkpoints) == [1]
+
+
 def test_it_does_not_outlive_its_rank(tmp_path: Path) -> None:
     with Victim(tmp_path / "run", 10_000, asynchronous=True) as victim:
         victim.wait_for("saved")
