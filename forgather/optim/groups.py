@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from forgather.distributed.pipeline import whole_of
 from forgather.errors import ConfigError
 from forgather.models.names import plain_name
 
@@ -27,9 +28,11 @@ def split(model: nn.Module, rules: Mapping[str, Mapping[str, Any] | None]) -> li
     """The trainable parameters of `model` by the first rule whose `match` is found in their name; the others last.
 
     A rule is `{match: REGEX, OPTION: VALUE, ...}`; None drops one. A rule that claims nothing is an error, since it is
-    most likely misspelt, unless it says `optional: true`.
+    most likely misspelt, unless it says `optional: true`. It may claim what is on other stages of a pipeline only.
     """
+    whole = {plain_name(name) for name, p in whole_of(model).named_parameters() if p.requires_grad}
     remaining = {plain_name(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    on_other_stages = whole.difference(remaining)
     groups = []
     for rule_name, rule in rules.items():
         if rule is None:
@@ -38,7 +41,7 @@ def split(model: nn.Module, rules: Mapping[str, Mapping[str, Any] | None]) -> li
         pattern = _compile(rule_name, options.pop("match", None))
         optional = options.pop("optional", False)
         claimed = {name: parameter for name, parameter in remaining.items() if pattern.search(name)}
-        if not claimed and not optional:
+        if not claimed and not optional and not any(map(pattern.search, on_other_stages)):
             raise ConfigError(
                 f"parameter group {rule_name!r}: {pattern.pattern!r} matches no parameter that is left to claim",
                 fix=f"parameters are named like {', '.join(list(remaining)[:3])}; optional: true allows no match",

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from forgather.data.batch import Batch
+from forgather.distributed.blocks import describe_blocks
 from forgather.distributed.collectives import sum_ranks
 from forgather.distributed.fsdp import describe_spread
 from forgather.distributed.mesh import Mesh
@@ -72,6 +73,7 @@ class PipelineStep:
         model: Any = self.pipeline.stages[0].model
         return [
             f"model: {type(self.pipeline.whole).__name__}, {describe_spread(model)}",
+            *describe_blocks(model),
             f"pipeline: {self.pipeline.describe()}",
             f"loss: {self.loss.describe()}",
             *self.update.describe(),

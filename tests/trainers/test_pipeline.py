@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from forgather.errors import DistributedError
+from forgather.errors import ConfigError, DistributedError
+from forgather.optim.groups import split
 from tests.ranks import RankPool
 from tests.trainers.staged import Run, Staged, train, train_and_look
 
@@ -68,9 +69,11 @@ def test_one_microbatch_is_enough(two_ranks, single, schedule):
 
 
 def test_given_cuts(two_ranks, single):
-    for rank in two_ranks.run(train_and_look, 2, plan={"cuts": [1]}, **PIPELINE):
+    first, last = two_ranks.run(train_and_look, 2, plan={"cuts": [1]}, recompute="full", **PIPELINE)
+    for rank, blocks in ((first, 1), (last, 3)):
         assert_equal(rank["run"], single[False]["run"][:2])
-        assert "(embedding, 0 | 1-3, head)" in rank["described"][1]
+        assert rank["described"][1] == f"blocks: recomputed {blocks} of {blocks}"
+        assert "(embedding, 0 | 1-3, head)" in rank["described"][2]
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
@@ -136,6 +139,21 @@ def test_what_cannot_be_where_the_backward_is_split(two_ranks, options, expected
     for message in two_ranks.run(refused_options, **options):
         assert "schedule zbv makes two backwards over a block" in message
         assert expected in message
+
+
+def groups_of_stages() -> tuple[list[str], str]:
+    model = Staged(**PIPELINE).model
+    with pytest.raises(ConfigError) as caught:
+        split(model, {"misspelt": {"match": "embed_token_s"}})
+    return [group.name for group in split(model, {"embedding": {"match": "embed_tokens"}})], str(caught.value)
+
+
+def test_a_group_may_be_on_another_stage(two_ranks):
+    (first, misspelt), (second, also_misspelt) = two_ranks.run(groups_of_stages)
+    assert first == ["embedding", "rest"]
+    assert second == ["rest"]
+    for message in (misspelt, also_misspelt):
+        assert "matches no parameter" in message
 
 
 @pytest.mark.soak
