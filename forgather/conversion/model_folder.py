@@ -13,6 +13,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from forgather.conversion.checkpoint_model import PACKAGE, candidates
@@ -119,5 +120,13 @@ def tokenizer_in(path: Path) -> PreTrainedTokenizerBase | None:
         return None
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         return None
-    found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    # Of a folder with code, AutoTokenizer would ask whether that may be run, and our packages need none for it.
+    has_code = "auto_map" in read_mapping(folder / "config.json")
+    kind = PreTrainedTokenizerFast if has_code and (folder / "tokenizer.json").is_file() else AutoTokenizer
+    try:
+        found: PreTrainedTokenizerBase = kind.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder} has no tokenizer that transformers can read: {error}", fix="put its tokenizer.json there"
+        ) from error
     return found

@@ -32,7 +32,7 @@ class StartingWeights:
 
         Collective: each rank gives its own part of the model. `tied` maps names to those that they are tied to.
         CheckpointError, before a weight is changed, when shapes differ (both are listed), when the folder lacks a
-        weight, and when its tokenizer is another.
+        weight or has one that the model lacks, and when its tokenizer is another.
         """
         if self.path is None:
             return None
@@ -46,16 +46,16 @@ class StartingWeights:
             if tuple(weights[name].shape) != source.kinds[there].shape
         }
         everywhere = gather_objects(([name for name in weights if name not in chosen], shapes, set(chosen.values())))
+        used = set().union(*(names for _, _, names in everywhere)) | tied.keys()
         _require_fit(
             source,
+            unused=[name for name in source.kinds if name not in used and not name.endswith(_COMPUTED)],
             missing=sorted({name for names, _, _ in everywhere for name in names}),
             differing={name: both for _, differing, _ in everywhere for name, both in differing.items()},
         )
         with failing_together(), torch.no_grad():
             _fill(source, {there: weights[name] for name, there in chosen.items()})
-        used = set().union(*(names for _, _, names in everywhere)) | tied.keys()
-        unused = [name for name in source.kinds if name not in used]
-        return f"beginning with the weights in {source.path}" + (f"; not used:{listed(unused)}" if unused else "")
+        return f"beginning with the weights in {source.path}"
 
     def _require_same_tokenizer(self) -> None:
         assert self.path is not None, "there is a folder to look into"
@@ -69,6 +69,10 @@ class StartingWeights:
         )
 
 
+# Buffers that a model computes for itself, which older files have among their weights.
+_COMPUTED = (".inv_freq", ".attn.bias", ".attn.masked_bias")
+
+
 def _stored_name(name: str, source: WeightSource, tied: Mapping[str, str]) -> str | None:
     """What the source calls a weight: by its name, or by one that is tied to it."""
     names = [name, *(alias for alias, known in tied.items() if known == name)]
@@ -76,7 +80,7 @@ def _stored_name(name: str, source: WeightSource, tied: Mapping[str, str]) -> st
 
 
 def _require_fit(
-    source: WeightSource, missing: list[str], differing: Mapping[str, tuple[list[int], list[int]]]
+    source: WeightSource, missing: list[str], unused: list[str], differing: Mapping[str, tuple[list[int], list[int]]]
 ) -> None:
     if differing:
         lines = [f"{name} {here}, {there}" for name, (here, there) in differing.items()]
@@ -88,6 +92,11 @@ def _require_fit(
         raise CheckpointError(
             f"{source.path} has no value for{listed(missing)}",
             fix="begin with a model of this architecture; `forgather import` brings in that of another",
+        )
+    if unused:
+        raise CheckpointError(
+            f"{source.path} is of a larger model than this run, which has no place for{listed(unused)}",
+            fix="leave the sizes to the folder: extend lib:train/fine_tune.yaml; or give the run's model the same",
         )
 
 

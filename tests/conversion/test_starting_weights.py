@@ -10,11 +10,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from forgather.cli.main import main
-from forgather.conversion.model_folder import ModelFolder
+from forgather.conversion.model_folder import ModelFolder, tokenizer_in
 from forgather.conversion.starting_weights import StartingWeights
 from forgather.errors import CheckpointError, ForgatherError, ModelError
 from tests.checkpoint.test_train_crash import CONFIG
 from tests.conversion.small_llama import llama
+from tests.conversion.test_native import build
+from tests.models.example import tokenizer
 from tests.ranks import RankPool
 
 
@@ -58,6 +60,20 @@ def test_a_folder_that_lacks_a_weight_is_refused(tmp_path: Path) -> None:
     llama(seed=1, num_hidden_layers=1).save_pretrained(tmp_path / "hub")
     with pytest.raises(CheckpointError, match=r"has no value for\n  model\.layers\.1\."):
         begin(str(tmp_path / "hub"), False, num_hidden_layers=2)
+
+
+def test_a_folder_of_a_larger_model_is_refused(tmp_path: Path) -> None:
+    llama(seed=1, num_hidden_layers=2).save_pretrained(tmp_path / "hub")
+    with pytest.raises(CheckpointError, match=r"has no place for\n  model\.layers\.1\."):
+        begin(str(tmp_path / "hub"), False, num_hidden_layers=1)
+
+
+def test_no_question_is_asked_about_our_own_code(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    package = build(tmp_path / "package", "llama").write()
+    found = tokenizer_in(package)
+    assert found is not None
+    assert found.get_vocab() == tokenizer().get_vocab()
+    assert capfd.readouterr() == ("", "")
 
 
 def test_nothing_to_begin_with_changes_nothing() -> None:
