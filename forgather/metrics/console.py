@@ -47,6 +47,10 @@ class Console:
         self._drawn_at = 0.0
         self._line_is_drawn = False
 
+    def expect(self, total_steps: int) -> None:
+        """From now on the run has so many steps."""
+        self._total = total_steps
+
     def start(self, step: int) -> None:
         """Say that `step` steps are behind the run; they do not count in its pace."""
         self._step = step

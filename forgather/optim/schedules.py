@@ -71,13 +71,22 @@ class Schedule:
         """
         if command != "decay":
             return None
+        refusal = self.refusal("decay")
+        if refusal is None and self.decay is not None:
+            self._commanded = self.done_before(self.next_step)
+            return f"the learning rate decays over the next {self.decay.length:,} {self.unit}"
+        return refusal
+
+    def refusal(self, command: str) -> str | None:
+        """Why `command` would change nothing now; None where it would, or is not for a schedule."""
+        if command != "decay":
+            return None
         if self.decay is None:
             return f"the schedule ({self.description}) has no decay to begin; warmup_stable_decay and infinite have one"
-        now = self.done_before(self.next_step)
-        if self.decay_start is not None and self.decay_start <= now:
-            return f"the learning rate decays already, since {self.decay_start:,} {self.unit}"
-        self._commanded = now
-        return f"the learning rate decays over the next {self.decay.length:,} {self.unit}; step {self.end} is the last"
+        start = self.decay_start
+        if start is not None and start <= self.done_before(self.next_step):
+            return f"the learning rate decays already, since {start:,} {self.unit}"
+        return None
 
     @property
     def decay_start(self) -> int | None:
@@ -87,7 +96,10 @@ class Schedule:
 
     @property
     def end(self) -> int | None:
-        """The number of steps after which a commanded decay is over, and with it the run; None without a command."""
+        """The number of steps after which a commanded decay is over, and with it the run; None without a command.
+
+        Steps of this schedule: those that a run has left out are not among them.
+        """
         if self.decay is None or self._commanded is None:
             return None
         step, done = self._known

@@ -32,9 +32,11 @@ _PACE_STEPS = 20  # over which the pace that `status` tells is measured
 class Steered(Protocol):
     """What is told of a run: `trainers.trainer.Trainer` is one."""
 
-    steps: int
     steps_done: int
     saved_at: int | None
+
+    @property
+    def steps(self) -> int: ...
 
 
 class Control:
@@ -63,7 +65,7 @@ class Control:
         self._signals = StopSignals(say=says) if signals else None
         self._run = run
         self._mesh = dict(mesh or {})
-        self._can_decay = getattr(schedule, "decay", None) is not None
+        self._refuses: Callable[[str], str | None] | None = getattr(schedule, "refusal", None)
         self._server: ControlServer | None = None
         self._steered: Steered | None = None
         self._agreement: tuple[torch.Tensor, Any] | None = None
@@ -95,10 +97,10 @@ class Control:
             work.wait()
             agreed = {command for command, is_asked in zip(Command, asked.tolist(), strict=True) if is_asked}
         orders = Orders.of(agreed)
-        if orders.stop or orders.abort:
-            self._state = "stopping"
         if self._server is not None and self._steered is not None and agreed:
             self._server.obeyed(self._steered.steps_done, agreed)
+        if orders.stop or orders.abort:
+            self._state = "stopping"
         return orders
 
     def status(self) -> dict[str, Any]:
@@ -159,9 +161,11 @@ class Control:
     def _refusal(self, command: Command) -> str | None:
         if self._state == "stopping":
             return f"the run ends after this step, and takes no `{command.value}`"
-        if command is Command.DECAY and not self._can_decay:
+        if command is not Command.DECAY:
+            return None
+        if self._refuses is None:
             return "the schedule of this run has no decay to begin; warmup_stable_decay and infinite have one"
-        return None
+        return self._refuses(command.value)
 
     def __enter__(self) -> Self:
         self._state = "starting"

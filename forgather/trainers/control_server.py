@@ -49,12 +49,17 @@ class ControlServer:
             return {request.command for request in self._waiting if request.step is None}
 
     def obeyed(self, step: int, commands: Iterable[Command]) -> None:
-        """All ranks do `commands` after step `step`; tell those whose commands were taken before."""
+        """All ranks do `commands` after step `step`; tell those whose commands were taken before.
+
+        One that has become impossible since it came, as a second of its kind may be, is refused now.
+        """
         with self._lock:
             for request in self._waiting:
                 if request.is_taken and request.step is None and request.command in commands:
                     request.step = step
-                    if request.command not in _SAVING:
+                    if (refusal := self._refuse(request.command)) is not None:
+                        request.answer({"ok": False, "error": refusal})
+                    elif request.command not in _SAVING:
                         request.answer({"ok": True, "command": request.command.value, "step": step})
             self._drop_answered()
 

@@ -50,10 +50,14 @@ class Started:
 
 @dataclass(frozen=True)
 class StepEnded:
-    """`step` steps have been made; `result` is this rank's account of the last one, on the device."""
+    """`step` steps have been made; `result` is this rank's account of the last one, on the device.
+
+    `is_stopping`: a signal or a command ends the run with this step, and there may be seconds left for the save.
+    """
 
     step: int
     result: StepResult
+    is_stopping: bool = False
 
 
 @dataclass(frozen=True)

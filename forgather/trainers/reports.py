@@ -24,8 +24,9 @@ class Reports:
         self.records = [sink for sink in sinks.values() if sink is not None]
         self.sinks: list[Sink] = [console, *self.records]
 
-    def start(self, step: int) -> None:
-        """Open the records of a run that has made `step` steps."""
+    def start(self, step: int, steps: int) -> None:
+        """Open the records of a run that has made `step` of its `steps` steps."""
+        self.console.expect(steps)
         for sink in self.sinks:
             sink.start(step)
 
@@ -39,8 +40,9 @@ class Reports:
         for sink in self.records:
             sink.write(step, metrics, kind)
 
-    def tick(self, step: int) -> None:
-        """Say that a step was made, without its numbers."""
+    def tick(self, step: int, steps: int) -> None:
+        """Say that a step was made, without its numbers; a decay on command changes how many the run has."""
+        self.console.expect(steps)
         self.console.tick(step)
 
     def note(self, text: str) -> None:

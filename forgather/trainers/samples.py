@@ -6,15 +6,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from forgather.generation.sample import generate
 from forgather.metrics.meter import Meter
-from forgather.trainers.events import Finished, StepEnded
+from forgather.trainers.events import Finished, Outcome, StepEnded
 from forgather.trainers.interval import Interval
 from forgather.trainers.reports import Reports
 
 
 class SampleText:
-    """A hook that lets the model continue each of `prompts`, every `every` steps and after the last one.
+    """A hook that lets the model continue each of `prompts`, every `every` steps and after the last one of the run.
 
-    The same seed each time: what changes between two samples is the model. Training does not notice.
+    The same seed each time: what changes between two samples is the model. Training does not notice. A run that is told
+    to stop may have seconds left, and takes none of them for a sample.
     """
 
     def __init__(
@@ -46,11 +47,11 @@ class SampleText:
         self._last: int | None = None
 
     def on_step_end(self, event: StepEnded) -> None:
-        if self.interval.is_due(event.step):
+        if self.interval.is_due(event.step) and not event.is_stopping:
             self.write(event.step)
 
     def on_finish(self, event: Finished) -> None:
-        if self._last != event.step:
+        if event.outcome is Outcome.FINISHED and self._last != event.step:
             self.write(event.step)
 
     def write(self, step: int) -> None:

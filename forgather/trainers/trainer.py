@@ -18,6 +18,7 @@ from forgather.errors import ForgatherError
 from forgather.metrics.budget import Coverage, describe
 from forgather.metrics.meter import Meter
 from forgather.metrics.step_result import StepResult
+from forgather.trainers.commands import Orders
 from forgather.trainers.control import Control
 from forgather.trainers.evaluation import Evaluation
 from forgather.trainers.events import Evaluated, Finished, Hooks, Logged, Outcome, Saved, Started, StepEnded
@@ -88,7 +89,7 @@ class Trainer:
         self.meter = meter
         self.reports = reports
         self.checkpoints = checkpoints
-        self.steps = steps
+        self.asked_steps = steps
         self.init_from = init_from
         self.evaluation = evaluation
         self.control = control or Control(signals=False)
@@ -111,41 +112,29 @@ class Trainer:
         """Make the steps that are left. All ranks call it; after an error the newest checkpoint is as it was."""
         if self.steps_done >= self.steps:
             return Outcome.NOTHING_TO_DO
-        outcome = Outcome.FINISHED
+        outcome = None
         with self._running():
-            while self.steps_done < self.steps:
-                number = self.steps_done
+            while outcome is None:
                 self.control.begin_step()
                 with self.meter.doing("data_wait"):
                     batches = self.data.take()
                 with self.meter.watching():
-                    result = self.step(number, batches)
+                    result = self.step(self.steps_done, batches)
                 self.meter.add(result)
-                self.steps_done = number + 1
-                self.reports.tick(self.steps_done)
-                self.hooks.tell(StepEnded(self.steps_done, result))
-                self.tell_saved()
+                self.steps_done += 1
                 orders = self.control.end_step()
-                if orders.abort:
-                    outcome = Outcome.ABORTED
-                    break
                 if orders.decay:
                     self.begin_decay()
-                if self.is_due(self.log_every) or self.steps_done == 1:
+                self.reports.tick(self.steps_done, self.steps)
+                self.hooks.tell(StepEnded(self.steps_done, result, orders.stop or orders.abort))
+                self.tell_saved()
+                if not orders.abort and (self.is_due(self.log_every) or self.steps_done == 1):
                     self.log()
-                # A run that was told to stop may have seconds left; what it has to lose is not an evaluation.
-                if self.is_due(self.eval_every) and (not orders.stop or self.steps_done == self.steps):
+                if self.is_due(self.eval_every) and self.has_time(orders):
                     self.evaluate()
-                wanted = self.hooks.wanted_end()
-                if wanted is Outcome.ABORTED:
-                    outcome = wanted
-                    break
-                stopping = wanted is Outcome.STOPPED or orders.stop
-                if stopping or orders.save or self.is_due(self.save_every):
+                outcome = self.outcome(orders)
+                if outcome is not Outcome.ABORTED and (outcome or orders.save or self.is_due(self.save_every)):
                     self.save()
-                if stopping and self.steps_done < self.steps:
-                    outcome = Outcome.STOPPED
-                    break
             with self.meter.doing("checkpoint"):
                 self.checkpoints.finish()
             self.tell_saved()
@@ -166,20 +155,29 @@ class Trainer:
             tied = getattr(self.model, "all_tied_weights_keys", None) or {}
             if (said := self.init_from.load(self.state.weights(), tied)) is not None:
                 self.checkpoints.run.say(said)
-            self.steps = self._last_step()
         return checkpoint
+
+    @property
+    def steps(self) -> int:
+        """How many steps the run has in all: those asked for, or up to the end of a decay that a command has begun."""
+        last = self.step.update.last_step
+        return self.asked_steps if last is None else last
 
     def begin_decay(self) -> None:
         """Let the learning rate fall from the next step on; the run ends where the decay does."""
-        obey = getattr(self.step.update.schedule, "on_command", None)
-        if obey is not None and (said := obey("decay")) is not None:
-            self.reports.note(said)
-        self.steps = self._last_step()
+        if (said := self.step.update.begin_decay()) is not None:
+            self.reports.note(f"{said}; step {self.steps} is the last")
 
-    def _last_step(self) -> int:
-        """How many steps the run has: a decay that was begun by a command ends it."""
-        end: int | None = getattr(self.step.update.schedule, "end", None)
-        return self.steps if end is None else end
+    def has_time(self, orders: Orders) -> bool:
+        """Whether there is time to evaluate: a run that was told to stop may have seconds left, for its save."""
+        return not orders.abort and (not orders.stop or self.steps_done == self.steps)
+
+    def outcome(self, orders: Orders) -> Outcome | None:
+        """How the run ends with this step; None where it goes on. All ranks call it."""
+        wanted = Outcome.ABORTED if orders.abort else self.hooks.wanted_end()
+        if wanted is not Outcome.ABORTED and self.steps_done == self.steps:
+            return Outcome.FINISHED  # also where it was told to stop
+        return Outcome.STOPPED if orders.stop and wanted is None else wanted
 
     def log(self) -> None:
         """Report the steps since the last log. The one place where numbers leave the device."""
@@ -234,7 +232,7 @@ class Trainer:
     def _running(self) -> Iterator[None]:
         self.model.train()
         self.control.steer(self)
-        self.reports.start(self.steps_done)
+        self.reports.start(self.steps_done, self.steps)
         try:
             with self.hooks:
                 self.hooks.tell(Started(self.steps_done))

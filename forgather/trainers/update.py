@@ -119,6 +119,17 @@ class Update:
         """Make sure that the last step was sound; called before its result is shown or kept."""
         self.watch.settle()
 
+    @property
+    def last_step(self) -> int | None:
+        """The number of steps after which a decay that a command has begun ends the run, steps left out included."""
+        end: int | None = getattr(self.schedule, "end", None)
+        return None if end is None else end + self.watch.skipped
+
+    def begin_decay(self) -> str | None:
+        """Let the schedule begin its decay with the next step; what is to be said of it."""
+        obey: Callable[[str], str | None] | None = getattr(self.schedule, "on_command", None)
+        return None if obey is None else obey("decay")
+
     def metrics(self) -> dict[str, float]:
         """What there is to tell at a log step: steps left out so far, and the loss scale, where these can be."""
         metrics: dict[str, float] = {}

@@ -76,7 +76,7 @@ def test_a_command_begins_the_decay_with_the_next_step():
     assert values(schedule, 7) == [0.5, 1, 1, 1, 1, 1, 1]
     assert schedule.end is None
     assert schedule.on_command("save") is None
-    assert schedule.on_command("decay") == "the learning rate decays over the next 4 steps; step 11 is the last"
+    assert schedule.on_command("decay") == "the learning rate decays over the next 4 steps"
     assert schedule.end == 11
     assert values(schedule, 12, start=7) == [0.75, 0.5, 0.25, 0, 0]
     assert "already, since 7 steps" in schedule.on_command("decay")
@@ -146,7 +146,8 @@ def test_tokens_count_on_when_the_batch_changes():
     large = warmup_stable_decay(length=None, warmup=1000, decay=400, tokens_per_step=200)
     large.load_state_dict(small.state_dict())
     assert values(large, 8, start=6) == [0.8, 1.0]
-    assert large.on_command("decay").endswith("step 10 is the last")
+    assert large.on_command("decay").endswith("over the next 400 tokens")
+    assert large.end == 10
     assert values(large, 10, start=8) == [0.5, 0.0]
     smaller = warmup_stable_decay(length=None, warmup=1000, decay=400, tokens_per_step=50)
     smaller.load_state_dict(large.state_dict() | {"step": 8, "done_steps": 8, "done_tokens": 1000})

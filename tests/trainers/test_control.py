@@ -1,5 +1,6 @@
 """Signals and commands: obeyed by all ranks after one and the same step, and only from the run's owner."""
 
+import io
 import json
 import os
 import signal
@@ -12,11 +13,15 @@ import pytest
 
 from forgather.checkpoint.folder import saved_steps
 from forgather.errors import ForgatherError
+from forgather.metrics.console import Console
+from forgather.optim.schedules import warmup_stable_decay
 from forgather.trainers.commands import Command, Orders
 from forgather.trainers.control import Control
 from forgather.trainers.control_server import ControlServer
 from forgather.trainers.control_socket import Address, ask, is_live, receive
-from forgather.trainers.events import Outcome
+from forgather.trainers.events import Hooks, Outcome
+from forgather.trainers.reports import Reports
+from forgather.trainers.trainer import Trainer
 from tests.ranks import RankPool
 from tests.trainers.small_run import make_trainer, write_corpus
 
@@ -34,18 +39,17 @@ def two_ranks():
         yield pool
 
 
-class After:
-    """A hook that does something once, after a step: `what` is called on the rank that it is for."""
+class Asker:
+    """Does something in the middle of a step, before its update: `what` is called on the rank that it is for."""
 
-    def __init__(self, step: int, what) -> None:
-        self.step = step
-        self.what = what
+    def __init__(self, trainer: Trainer, control: Control, step: int) -> None:
+        self.what: Any = lambda: None
+        self.control = control
         self.answers: list[Any] = []
         self._threads: list[threading.Thread] = []
-
-    def on_step_end(self, event) -> None:
-        if event.step == self.step:
-            self.what()
+        trainer.state.optimizer.register_step_pre_hook(
+            lambda *_: self.what() if trainer.steps_done + 1 == step else None
+        )
 
     def asks(self, run: Path, command: str) -> None:
         """Give a command from another thread, as another process would, and be sure that the run has heard it."""
@@ -71,32 +75,30 @@ class After:
             thread.join(60)
 
 
-def controlled(folder, corpus, command, *, at=2, steps=6, rank_of_signal=None, **options):
-    """Train, give `command` (or a signal) after step `at`; outcome, steps made, saved steps, answers."""
+def controlled(folder, corpus, command, *, at=2, steps=6, rank_of_signal=None, hooks=None, **options):
+    """Train, give `command` (or a signal) within step `at`; outcome, steps made, saved steps, answers."""
     from forgather.distributed.collectives import rank
 
-    hook = After(at, lambda: None)
-    trainer = make_trainer(folder, corpus, steps=steps, hooks={"after": hook}, **options)
+    trainer = make_trainer(folder, corpus, steps=steps, **options)
     run = trainer.checkpoints.run
-    control = Control(run, trainer.step.update.schedule)
-    hook.control = control
-    trainer.control = control
-    trainer.hooks = type(trainer.hooks)({"of control": control, "after": hook})
+    control = trainer.control = Control(run, trainer.step.update.schedule)
+    trainer.hooks = Hooks({"of control": control, **(hooks or {})})
+    asker = Asker(trainer, control, at)
     if isinstance(command, signal.Signals):
         if rank() == rank_of_signal:
-            hook.what = lambda: os.kill(os.getpid(), command)
+            asker.what = lambda: os.kill(os.getpid(), command)
     elif rank() == 0:
-        hook.what = lambda: hook.asks(run.dir, command)
+        asker.what = lambda: asker.asks(run.dir, command)
     outcome = trainer.run()
-    hook.join()
+    asker.join()
     run.close()
-    return outcome, trainer.steps_done, saved_steps(run.checkpoints), hook.answers
+    return outcome, trainer.steps_done, saved_steps(run.checkpoints), asker.answers
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_any_rank_stops_and_saves_all(number, two_ranks, tmp_path, corpus):
     results = two_ranks.run(controlled, tmp_path, corpus, number, rank_of_signal=1)
-    # It came after step 2, so it travels with step 3.
+    # It came within step 2, so it travels with step 3.
     assert results == [(Outcome.STOPPED, 3, [3], [])] * 2
 
 
@@ -125,7 +127,7 @@ def test_a_save_on_command_is_answered_when_it_is_whole(tmp_path, corpus):
 
 
 def test_status_is_answered_at_once(tmp_path, corpus):
-    _, _, _, (status,) = controlled(tmp_path, corpus, "status")
+    _, _, _, (status,) = controlled(tmp_path, corpus, "status", at=3)
     assert (status["state"], status["step"], status["steps"]) == ("training", 2, 6)
     assert status["run"] == str(tmp_path / "run")
     assert status["loss"] == status["metrics"]["train"]["loss"]
@@ -148,6 +150,78 @@ def test_a_stopped_run_ends_as_one_that_was_not(tmp_path, corpus):
     assert resumed.resume() is not None
     resumed.run()
     assert hash_of(resumed) == hash_of(straight)
+
+
+class Told:
+    """A hook that would take its time, and notes at which steps it has it."""
+
+    def __init__(self) -> None:
+        self.leisure: list[int] = []
+
+    def on_step_end(self, event) -> None:
+        if not event.is_stopping:
+            self.leisure.append(event.step)
+
+
+@pytest.mark.parametrize("command", ["stop", "abort", signal.SIGTERM])
+def test_hooks_hear_that_the_run_ends_before_they_take_their_time(command, tmp_path, corpus):
+    told = Told()
+    _, steps, *_ = controlled(tmp_path, corpus, command, at=3, rank_of_signal=0, hooks={"told": told})
+    assert (steps, told.leisure) == (3, [1, 2])
+
+
+def decayed(folder, corpus, *, steps=30, stop_at=None, say=None):
+    """A run over a schedule that decays on command, over 4 steps; it is asked to within step 3, and again in step 5."""
+    trainer = make_trainer(folder, corpus, steps=steps)
+    update = trainer.step.update
+    update.schedule = update.schedule_state = warmup_stable_decay(length=None, decay=4)
+    control = trainer.control = Control(trainer.checkpoints.run, update.schedule)
+    trainer.hooks = Hooks({"of control": control})
+    trainer.reports = Reports(Console(steps, say), {})
+    trainer.resume()
+    asker = Asker(trainer, control, 3)
+    asker.what = lambda: asker.asks(trainer.checkpoints.run.dir, "decay")
+    again = Asker(trainer, control, 5)
+    again.what = lambda: again.asks(trainer.checkpoints.run.dir, "decay")
+    if stop_at is not None:
+        Asker(trainer, control, stop_at).what = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    outcome = trainer.run()
+    asker.join()
+    again.join()
+    trainer.checkpoints.run.close()
+    return outcome, trainer.steps_done, asker.answers + again.answers
+
+
+@pytest.mark.training_case(85)
+def test_a_decay_on_command_ends_the_run_and_is_begun_once(tmp_path, corpus):
+    said = io.StringIO()
+    outcome, steps, answers = decayed(tmp_path, corpus, say=said)
+    assert (outcome, steps) == (Outcome.FINISHED, 7)
+    assert answers[0] == {"command": "decay", "step": 3}
+    assert "the learning rate decays already, since 3 steps" in answers[1]
+    lines = said.getvalue().splitlines()
+    assert "the learning rate decays over the next 4 steps; step 7 is the last" in lines
+    assert [line.partition(" | ")[0] for line in lines if line.startswith("step ") and "lr" in line] == [
+        "step  1/30", "step  2/30", *(f"step {step}/7" for step in (3, 4, 5, 6, 7))
+    ]  # fmt: skip
+
+
+@pytest.mark.training_case(85)
+def test_a_run_that_is_stopped_while_it_decays_ends_where_the_decay_does(tmp_path, corpus):
+    assert decayed(tmp_path, corpus, stop_at=4)[:2] == (Outcome.STOPPED, 4)
+    assert decayed(tmp_path, corpus, steps=30)[:2] == (Outcome.FINISHED, 7)
+
+
+def test_steps_that_are_left_out_put_the_end_of_a_decay_off(tmp_path, corpus):
+    trainer = make_trainer(tmp_path, corpus, steps=30)
+    schedule = trainer.step.update.schedule = warmup_stable_decay(length=None, decay=4)
+    for step in range(6):
+        schedule(step)
+    trainer.begin_decay()
+    assert trainer.steps == 10
+    trainer.step.update.watch.skipped += 2
+    assert trainer.steps == 12
+    trainer.checkpoints.run.close()
 
 
 def test_orders_add_up():
@@ -224,6 +298,33 @@ def test_a_command_that_came_too_late_for_a_step_waits_for_the_next(server, tmp_
     assert server.take() == {Command.DECAY}
     server.obeyed(2, {Command.DECAY})
     assert server.take() == set()
+
+
+def test_a_command_that_was_overtaken_by_its_like_is_told_so(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    begun: list[str] = []
+    server = ControlServer(
+        tmp_path, status=dict, refuse=lambda command: "it decays already" if command.value in begun else None
+    )
+    server.start()
+    errors: list[str] = []
+
+    def decay() -> None:
+        try:
+            ask(tmp_path, "decay", timeout_s=60)
+        except ForgatherError as error:
+            errors.append(error.message)
+
+    thread = threading.Thread(target=decay)
+    thread.start()
+    while not server._waiting:
+        thread.join(0.005)
+    begun.append("decay")  # by one that came a step before
+    assert server.take() == {Command.DECAY}
+    server.obeyed(2, {Command.DECAY})
+    thread.join(60)
+    server.close("the run ended")
+    assert "it decays already" in errors[0]
 
 
 def test_a_socket_that_a_killed_run_has_left_is_replaced(tmp_path):

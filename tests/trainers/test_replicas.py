@@ -13,6 +13,7 @@ from forgather.distributed.mesh import Mesh
 from forgather.errors import TrainingError
 from forgather.metrics.meter import Meter
 from forgather.trainers.assemble import assemble
+from forgather.trainers.events import StepEnded
 from forgather.trainers.replicas import ReplicaCheck, hash_tensor
 from tests.ranks import RankPool
 from tests.trainers.small_run import TinySource, make_trainer, write_corpus
@@ -76,7 +77,18 @@ def test_a_hash_is_that_of_the_bits():
     assert hash_tensor(torch.empty(0)) == hash_tensor(torch.empty(0, 3))
 
 
-def run_with_check(folder: Path, corpus: Path) -> list[int]:
+class StopsAt:
+    def __init__(self, step: int | None) -> None:
+        self.at, self.step = step, 0
+
+    def on_step_end(self, event: StepEnded) -> None:
+        self.step = event.step
+
+    def wants_stop(self) -> bool:
+        return self.step == self.at
+
+
+def run_with_check(folder: Path, corpus: Path, stop_at: int | None = None) -> list[int]:
     trainer = make_trainer(folder, corpus, steps=5)
     seen: list[int] = []
 
@@ -86,7 +98,7 @@ def run_with_check(folder: Path, corpus: Path) -> list[int]:
             super().check(step)
 
     check = Watched(trainer.model, trainer.state.optimizer, trainer.meter, every=2)
-    trainer.hooks = type(trainer.hooks)({"replicas": check})
+    trainer.hooks = type(trainer.hooks)({"replicas": check, "stopper": StopsAt(stop_at)})
     trainer.run()
     trainer.checkpoints.run.close()
     assert trainer.meter.ledger.seconds()["inspection"] > 0
@@ -95,3 +107,7 @@ def run_with_check(folder: Path, corpus: Path) -> list[int]:
 
 def test_a_sound_run_passes_at_its_interval_and_at_its_end(tmp_path, corpus, two_ranks):
     assert two_ranks.run(run_with_check, tmp_path, corpus) == [[2, 4, 5], [2, 4, 5]]
+
+
+def test_a_run_that_is_told_to_stop_is_not_checked_once_more(tmp_path, corpus, two_ranks):
+    assert two_ranks.run(run_with_check, tmp_path, corpus, 3) == [[2], [2]]
