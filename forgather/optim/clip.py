@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from forgather.distributed.collectives import sum_ranks, world_size
 from forgather.distributed.holders import counts_here
 from forgather.distributed.mesh import Mesh
+from forgather.errors import ConfigError
 
 # Up to here PyTorch's fp32 norm on a CPU is off by less than 3e-7; beyond, it adds up a long line of squares (1e-5 at
 # a million), and shards would have another norm than the whole.
@@ -19,11 +20,17 @@ _LINE = 64  # what is added up in fp32 before it goes on in fp64: 6e-10 at a mil
 class GradientClip:
     """Measures the norm of the gradients of `parameters` over all ranks, and scales them down to `max_norm`.
 
-    Plain tensors and DTensors of any part of `mesh` may be mixed. With `max_norm` None gradients are measured only.
+    Plain tensors and DTensors of any part of `mesh` may be mixed. With `max_norm` None gradients are measured only;
+    ConfigError for one that is not more than 0.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], max_norm: float | None, mesh: Mesh) -> None:
         self.parameters = list(parameters)
+        if max_norm is not None and max_norm <= 0:
+            raise ConfigError(
+                f"gradients are to be clipped to a norm of {max_norm}, which leaves nothing of them",
+                fix="max_grad_norm: 1.0, or null for no limit",
+            )
         self.max_norm = max_norm
         self.mesh = mesh
         self.counted = [parameter for parameter in self.parameters if counts_here(parameter, mesh)]

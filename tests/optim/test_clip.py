@@ -9,6 +9,7 @@ from torch.distributed.fsdp import fully_shard
 
 from forgather.distributed.environment import Environment
 from forgather.distributed.mesh import Mesh
+from forgather.errors import ConfigError
 from forgather.optim.clip import GradientClip
 from tests.ranks import RankPool
 
@@ -85,3 +86,9 @@ def test_without_a_limit_gradients_are_measured_only():
     clip.scale(clip.norm(riding=torch.zeros(()))[0])
     for parameter, gradient in zip(model.parameters(), before, strict=True):
         assert torch.equal(parameter.grad, gradient)
+
+
+@pytest.mark.parametrize("limit", [0.0, -1.0])
+def test_a_limit_that_leaves_nothing_is_refused(limit: float):
+    with pytest.raises(ConfigError, match="leaves nothing"):
+        GradientClip(make_model().parameters(), limit, Mesh(Environment(device="cpu")))
