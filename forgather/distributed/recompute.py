@@ -5,8 +5,8 @@ et al. 2022, arXiv:2205.05198. A block keeps its class and its parameters their 
 so hooks on the block, FSDP's among them, run once and not again when it is recomputed.
 """
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from forgather.distributed import exchange
 from forgather.distributed.blocks import blocks_for, remember
 from forgather.errors import ConfigError
 
@@ -82,8 +83,10 @@ class Recomputed:
         return checkpoint(self.forward, *args, use_reentrant=False, **options, **kwargs)
 
     def _eager_contexts(self) -> tuple[Any, Any]:
-        forward, again = _selective_contexts() if self.selective else (nullcontext(), nullcontext())
-        return forward, _AsInForward(self, self.now(), again)
+        if not self.selective:
+            return nullcontext(), _AsInForward(self, self.now(), nullcontext())
+        forward, again = _selective_contexts()
+        return _keeping(forward), _AsInForward(self, self.now(), _keeping(again))
 
     def now(self) -> list[nn.Parameter | None]:
         """The parameters that the block has at this moment."""
@@ -116,6 +119,12 @@ class _AsInForward:
             self.inner.__exit__(*error)
         finally:
             self.block.put(self.before)
+
+
+@contextmanager
+def _keeping(inner: AbstractContextManager[Any]) -> Iterator[None]:
+    with exchange.results_kept(), inner:
+        yield
 
 
 def _choose(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:

@@ -128,10 +128,12 @@ def test_four_ranks_equal_one(four_ranks, single, axes, tied):
     "options",
     [
         {"sequence_parallel": False},
+        {"sequence_parallel": False, "recompute": "selective"},
+        {"recompute": "selective"},
         {"groups": False},
         {"fsdp": fsdp.FsdpOptions(reshard_after_forward=False, prefetch=1)},
     ],
-    ids=["whole tokens", "one group", "gathered ahead"],
+    ids=["whole tokens", "whole tokens and products kept", "products kept", "one group", "gathered ahead"],
 )
 def test_how_a_mesh_does_it_changes_nothing(four_ranks, single, options):
     assert_equal(four_ranks.run(train, {"tensor": 2, "shard": 2}, tied=False, **options), single[False])
