@@ -17,7 +17,9 @@ hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 first=${hosts%%$'\n'*}
 port=$((20000 + SLURM_JOB_ID % 10000)) # two jobs may share a host
 code=0
-srun --kill-on-bad-exit=1 "$python" -m forgather train --nnodes "$SLURM_NNODES" \
+# Not killed at once when one host ends with a code: then those that leave with 75 a moment later would have the code of
+# a kill, which is higher, and srun's code is the highest. A host that is left alone ends by itself, or after 120 s.
+srun --kill-on-bad-exit=0 --wait=120 "$python" -m forgather train --nnodes "$SLURM_NNODES" \
     --rdzv-endpoint "$first:$port" "$@" || code=$?
 if [ "$code" -eq 75 ]; then
     exec scontrol requeue "$SLURM_JOB_ID"

@@ -25,7 +25,7 @@ def run_script(tmp_path):
         stand_in.chmod(0o755)
 
     def run(script: str, *words: str, **environ: str) -> tuple[int, list[list[str]], str]:
-        environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}"} | environ
+        environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": "python3"} | environ
         done = subprocess.run([str(LAUNCH / script), *words], env=environ, capture_output=True, text=True, check=False)
         calls = record.read_text().split("\n\n") if record.exists() else []
         return done.returncode, [call.strip().split("\n") for call in calls if call.strip()], done.stderr
@@ -72,7 +72,7 @@ def test_slurm_requeues_a_run_that_was_told_to_stop(run_script, code):
     started = ["--nnodes", "2", "--rdzv-endpoint", "node7:23456", "-p", "x"]
     assert calls[:2] == [
         ["scontrol", "show", "hostnames", "node[7-8]"],
-        ["srun", "--kill-on-bad-exit=1", "python3", *TRAIN, *started],
+        ["srun", "--kill-on-bad-exit=0", "--wait=120", "python3", *TRAIN, *started],
     ]
     assert calls[2:] == ([["scontrol", "requeue", "123456"]] if code == 75 else [])
     assert ended == (0 if code == 75 else code)
