@@ -142,6 +142,11 @@ def ask(run: Path, command: str, *, timeout_s: float | None = None) -> dict[str,
             raise ControlError(
                 f"no live run in {run}: process {address.pid} has ended without a word", fix="`forgather train` goes on"
             ) from None
+        except BlockingIOError:  # with a limit of time a full queue of callers is not waited for
+            raise ControlError(
+                f"{run} has not taken its last callers yet: process {address.pid} is suspended, or very busy",
+                fix=f"see `ps -o state,etime {address.pid}`; `kill -CONT {address.pid}` lets a suspended run go on",
+            ) from None
         except TimeoutError:
             raise ControlError(
                 f"{run} has not obeyed within {timeout_s:g} s; it will, at the end of its step",
@@ -162,9 +167,10 @@ def is_live(run: Path) -> bool:
     if address is None or address.host != socket.gethostname():
         return False
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.setblocking(False)  # a suspended run takes no callers, and is live
         try:
             connection.connect(address.socket)
-        except PermissionError:
+        except (PermissionError, BlockingIOError):
             return True
         except OSError:
             return False

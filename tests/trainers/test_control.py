@@ -345,6 +345,19 @@ def test_a_socket_that_a_killed_run_has_left_is_replaced(tmp_path):
     server.close("the run ended")
 
 
+def test_a_suspended_run_is_live_and_says_so_to_who_waits_for_a_while(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / ".control").mkdir()
+    with socket.socket(socket.AF_UNIX) as suspended, socket.socket(socket.AF_UNIX) as waiting:
+        suspended.bind(str(tmp_path / ".control" / "socket"))
+        suspended.listen(0)  # and nobody accepts: one caller fills the queue
+        Address(str(tmp_path / ".control" / "socket"), 1, socket.gethostname()).write(tmp_path)
+        waiting.connect(str(tmp_path / ".control" / "socket"))
+        assert is_live(tmp_path)
+        with pytest.raises(ForgatherError, match="has not taken its last callers yet: process 1 is suspended"):
+            ask(tmp_path, "status", timeout_s=1)
+
+
 def test_a_path_that_is_too_long_for_a_socket_leads_elsewhere(tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
     run = tmp_path / ("long" * 30)
