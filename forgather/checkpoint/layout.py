@@ -80,7 +80,9 @@ def read_layout(folder: Path) -> dict[str, StoredTensor]:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not a layout of tensors ({error})") from error
+        raise CheckpointError(
+            f"{path} is not a layout of tensors", fix="bring that file back, or use another checkpoint"
+        ) from error
 
 
 def _chunk(stored: Mapping[str, Any]) -> Chunk:

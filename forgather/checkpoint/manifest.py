@@ -24,6 +24,22 @@ FORMAT = 1
 _BLOCK = 4 << 20
 
 
+class ManifestError(CheckpointError):
+    """The manifest of a checkpoint cannot be used; `line` says why and names the file alone, for lists of damage."""
+
+    def __init__(self, folder: Path, why: str, fix: str | None = None) -> None:
+        super().__init__(f"{folder / MANIFEST} {why}", fix=fix or "bring that file back, or use another checkpoint")
+        self.line = f"{MANIFEST} {why}"
+
+
+class OtherFormatError(ManifestError):
+    """Another version of Forgather wrote the checkpoint; nothing says that it is damaged."""
+
+    def __init__(self, folder: Path, format: object) -> None:
+        why = f"has format {format}, and this version of Forgather reads format {FORMAT}"
+        super().__init__(folder, why, fix="use the version that wrote it, which stands there under `versions`")
+
+
 @dataclass(frozen=True)
 class FileRecord:
     """Size in bytes and xxh3 digest of one file."""
@@ -69,18 +85,23 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """The manifest in `folder`; CheckpointError, naming the file, when it is missing or altered."""
-        path = folder / MANIFEST
+        """The manifest in `folder`; ManifestError when missing or altered, OtherFormatError of another version."""
         try:
-            content = json.loads(path.read_bytes())
-            digest = content.pop("digest")
-            if digest != _digest_of(content):
-                raise CheckpointError(f"{path} was altered: it does not match its own digest")
-            if content["format"] != FORMAT:
-                raise CheckpointError(
-                    f"{path} has format {content['format']}, and this version reads format {FORMAT}",
-                    fix=f"use the version that wrote it: forgather {content['versions']['forgather']}",
-                )
+            content = json.loads((folder / MANIFEST).read_bytes())
+        except FileNotFoundError:
+            raise ManifestError(folder, "is missing") from None
+        except OSError as error:
+            raise ManifestError(folder, f"cannot be read: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:
+            raise ManifestError(folder, "is no JSON") from error
+        if not isinstance(content, dict) or "digest" not in content:
+            raise ManifestError(folder, "is not a manifest: it has no digest of its own")
+        digest = content.pop("digest")
+        if content.get("format") != FORMAT:  # before the digest, whose making may be another there
+            raise OtherFormatError(folder, content.get("format"))
+        if digest != _digest_of(content):
+            raise ManifestError(folder, "was altered: it does not match its own digest")
+        try:
             return cls(
                 step=content["step"],
                 world_size=content["world_size"],
@@ -90,24 +111,29 @@ class Manifest:
                 metrics=content.get("metrics", {}),
                 saved_at=content.get("saved_at", "unknown"),
             )
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} is missing") from None
-        except OSError as error:
-            raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path} is not a manifest ({error})") from error
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ManifestError(folder, "is not a manifest: it lacks what each has") from error
 
     def damaged_sizes(self, folder: Path) -> list[str]:
-        """One line for each file that is missing or has another size; costs no reading."""
+        """One line for each file that is missing or has another size, or for a folder that is gone; reads no file."""
         damage = []
+        missing: dict[str, list[str]] = {}
         for name, record in self.files.items():
             try:
                 size = (folder / name).stat().st_size
+            except FileNotFoundError:
+                missing.setdefault(name.rpartition("/")[0], []).append(name)
+                continue
             except OSError as error:
-                damage.append(f"{name}: {'missing' if isinstance(error, FileNotFoundError) else error.strerror}")
+                damage.append(f"{name}: {error.strerror}")
                 continue
             if size != record.size:
                 damage.append(f"{name}: {size:,} bytes instead of {record.size:,}")
+        for inner, names in missing.items():
+            if inner and not (folder / inner).exists():
+                damage.append(f"{inner}/: missing, with its {len(names)} files")
+            else:
+                damage += [f"{name}: missing" for name in names]
         return damage
 
     def damaged_digests(self, folder: Path, names: Iterable[str]) -> list[str]:

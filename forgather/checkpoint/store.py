@@ -39,7 +39,7 @@ from forgather.checkpoint.folder import (
 )
 from forgather.checkpoint.keep import Keep
 from forgather.checkpoint.layout import StoredTensor, read_layout
-from forgather.checkpoint.manifest import MANIFEST, Manifest
+from forgather.checkpoint.manifest import MANIFEST, Manifest, ManifestError
 from forgather.checkpoint.messages import Committed, Failed, WritePart
 from forgather.checkpoint.plan import Plans, held
 from forgather.checkpoint.run_folder import RunFolder
@@ -322,8 +322,8 @@ def visible_checkpoint(folder: Path) -> Manifest | list[str]:
     """The manifest of the checkpoint in `folder`, or what is wrong with it that shows without reading its files."""
     try:
         manifest = Manifest.read(folder)
-    except CheckpointError as error:
-        return [error.message]
+    except ManifestError as error:
+        return [error.line]
     expected = step_name(manifest.step)
     if folder.name.startswith("step-") and folder.name != expected:
         return [f"{MANIFEST}: it is of {expected}"]
@@ -347,7 +347,8 @@ def _require_fit(checkpoint: Checkpoint, targets: Mapping[str, torch.Tensor]) ->
     if problems:
         raise CheckpointError(
             "\n  ".join([f"{checkpoint.path} holds other parameters than this run", *problems]),
-            fix=f"use the model and optimizer of {checkpoint.path / CONFIG}, or start another run with --fresh",
+            fix=f"use the model and optimizer of {checkpoint.path / CONFIG}, or start another run with --fresh; "
+            f"--init-from {checkpoint.path} lets it begin with the weights alone",
         )
 
 

@@ -11,7 +11,7 @@ from forgather.checkpoint.folder import leftovers, remove, saved_steps, step_nam
 from forgather.checkpoint.keep import Keep
 from forgather.checkpoint.layout import StoredTensor, read_layout
 from forgather.checkpoint.lock import RunLock
-from forgather.checkpoint.manifest import MANIFEST, Manifest
+from forgather.checkpoint.manifest import MANIFEST, Manifest, ManifestError, OtherFormatError
 from forgather.cli.options import Options
 from forgather.cli.parser import CommandParser, UsageError
 from forgather.errors import EXIT_OK, CheckpointError
@@ -66,8 +66,9 @@ def _list(run: Path) -> None:
         folder = checkpoints / step_name(step)
         try:
             manifest = Manifest.read(folder)
-        except CheckpointError as error:
-            rows.append([str(step), "", "", "", "", f"damaged: {error.message}"])
+        except ManifestError as error:
+            why = error.line if isinstance(error, OtherFormatError) else f"damaged: {error.line}"
+            rows.append([str(step), "", "", "", "", why])
             continue
         damage = manifest.damaged_sizes(folder)
         state = f"damaged: {'; '.join(damage)}" if damage else ""
@@ -121,8 +122,8 @@ def _verify(folders: Sequence[Path]) -> None:
         try:
             manifest = Manifest.read(folder)
             damage = manifest.damaged_sizes(folder) or manifest.damaged_digests(folder, manifest.files)
-        except CheckpointError as error:
-            damage = [error.message]
+        except ManifestError as error:
+            damage = [error.line]
         print(f"{folder}: {'; '.join(damage) if damage else f'whole, {_size(manifest.size)} read'}")
         damaged += [folder.name] if damage else []
     if damaged:
@@ -182,8 +183,10 @@ def _prune(run: Path, options: Options) -> None:
             print(f"{'would remove' if options.dry_run else 'removed'} {folder}")
     finally:
         lock.release()
-    kept = [step for step in whole if checkpoints / step_name(step) not in doomed]
-    print(f"kept: {', '.join(map(str, kept)) or 'none'}")
+    kept = [str(step) for step in whole if checkpoints / step_name(step) not in doomed]
+    damaged = [str(step) for step in saved_steps(checkpoints) if step not in whole]
+    left_alone = f"; damaged, which no rule counts or removes: {', '.join(damaged)}" if damaged else ""
+    print(f"kept: {', '.join(kept) or 'none'}{left_alone}")
 
 
 def _checkpoints_of(run: Path) -> Path:

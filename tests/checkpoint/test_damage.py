@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from forgather.checkpoint.keep import Keep
+from forgather.checkpoint.manifest import Manifest
 from forgather.checkpoint.run_folder import RunFolder
 from forgather.checkpoint.store import CheckpointStore
 from forgather.errors import CheckpointError
@@ -80,6 +81,21 @@ def test_the_file_is_named_and_the_older_checkpoint_is_loaded(
     run = Run(seed=7)
     store.load(run.state, checkpoint)
     assert all(torch.equal(value, values[1][name]) for name, value in run.values().items())
+
+
+def test_a_folder_that_is_gone_is_one_line_however_many_files_it_had(store: CheckpointStore, tmp_path: Path) -> None:
+    package = tmp_path / "package"
+    package.mkdir()
+    for name in "abc":
+        (package / name).write_text(name)
+    store.run.describe("package", package)
+    save_steps(store, 1)
+    folder = store.run.checkpoints / "step-00000001"
+    manifest = Manifest.read(folder)
+    (folder / "package" / "a").unlink()
+    assert manifest.damaged_sizes(folder) == ["package/a: missing"]
+    shutil.rmtree(folder / "package")
+    assert manifest.damaged_sizes(folder) == ["package/: missing, with its 3 files"]
 
 
 def test_an_altered_manifest_is_noticed_although_all_files_are_whole(store: CheckpointStore) -> None:

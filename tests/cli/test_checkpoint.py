@@ -97,11 +97,43 @@ def test_prune_keeps_what_its_rules_say(run: Path, capsys: pytest.CaptureFixture
     assert steps(run) == [4]
 
 
+def test_prune_says_of_damaged_ones_that_they_stay(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for step in LOSSES:
+        (checkpoint(run, step) / "state.json").unlink()
+    assert main(["checkpoint", "prune", str(run), "--last", "1"]) == 0
+    assert capsys.readouterr().out == "kept: none; damaged, which no rule counts or removes: 1, 2, 3, 4\n"
+    assert steps(run) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ("{", "is no JSON"),
+        ("[]", "is not a manifest: it has no digest of its own"),
+        ('{"digest": "0", "format": 1}', "was altered: it does not match its own digest"),
+        ('{"digest": "0", "format": 99}', "has format 99, and this version of Forgather reads format 1"),
+    ],
+)
+def test_a_manifest_that_cannot_be_used_says_why(
+    run: Path, capsys: pytest.CaptureFixture[str], content: str, why: str
+) -> None:
+    folder = checkpoint(run, 4)
+    (folder / "manifest.json").write_text(content)
+    assert main(["checkpoint", "ls", str(run)]) == 0
+    is_damage = "99" not in content
+    assert capsys.readouterr().out.rstrip().endswith(f"{'damaged: ' if is_damage else '  '}manifest.json {why}")
+    assert main(["checkpoint", "verify", str(run)]) == 2
+    assert f"{folder}: manifest.json {why}\n" in capsys.readouterr().out
+    assert main(["checkpoint", "inspect", str(run)]) == 2
+    error = capsys.readouterr().err
+    assert f"error: {folder / 'manifest.json'} {why}\n  fix: " in error
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         ([], "not told what to keep"),
-        (["--last", "0"], "keep.last is 0"),
+        (["--last", "0"], "--last is 0"),
         (["--best", "1", "--metric", "bleu"], "has the metric 'bleu'"),
     ],
 )
