@@ -27,7 +27,8 @@ class RunLock:
             os.close(self._descriptor)
             raise CheckpointError(
                 f"{path.parent} is used by a live run: {holder}",
-                fix="let that run end or stop it, or start another one beside it with --fresh",
+                fix=f"let it end, stop it with `forgather control stop {path.parent}`, "
+                "or start another run beside it with --fresh",
             ) from None
         except OSError as error:
             os.close(self._descriptor)

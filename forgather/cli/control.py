@@ -43,6 +43,8 @@ def run(options: Options) -> int:
     """Ask, and print what is answered."""
     folder = Path(options.run)
     if options.verb == "list":
+        if not folder.is_dir():
+            raise ForgatherError(f"there is no folder {folder}", fix="name a folder that holds runs, such as runs")
         for line in _table(folder):
             print(line)
         return EXIT_OK

@@ -71,6 +71,8 @@ def test_a_command_says_what_it_came_to(verb, words, run, capsys):
 def test_what_cannot_be_done_is_an_error(run, capsys):
     code, _, err = said(capsys, "decay", "runs/one")
     assert (code, err) == (2, "error: runs/one: there is no decay\n")
+    code, _, err = said(capsys, "list", "nosuch")
+    assert (code, err.splitlines()[0]) == (2, "error: there is no folder nosuch")
     code, _, err = said(capsys, "stop", "runs/two")
     assert (code, err.splitlines()[0]) == (2, "error: no live run in runs/two")
     code, _, err = said(capsys, "stop", "runs")
