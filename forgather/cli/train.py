@@ -51,7 +51,8 @@ def configure(parser: CommandParser) -> None:
         "Words after `--` are handed to torchrun, which then starts the ranks even when there is one.\n"
         "Started by torchrun, this command is a rank: torchrun --nproc-per-node 8 -m forgather train\n"
         "SIGTERM and Ctrl-C let a run save and end after its step; a second Ctrl-C ends it at once.\n"
-        "Exit codes: 0 done, 75 stopped and saved (the same command goes on), 2 something to mend, 1 a defect of ours."
+        "Exit codes: 0 done, 75 stopped and saved (the same command goes on), 2 something to mend,\n"
+        "1 a rank was killed or lost its peers, or a defect of ours, which has its traceback."
     )
 
 
