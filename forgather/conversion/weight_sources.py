@@ -78,7 +78,8 @@ def open_weights(path: Path) -> WeightSource:
     if path.suffix in _PICKLES:
         return _PickleSource(path)
     raise CheckpointError(
-        f"{path} has the name of no weights", fix=f"a file ends in .safetensors, .index.json, {', '.join(_PICKLES)}"
+        f"{path} has the name of no weights",
+        fix=f"name its folder, {path.parent}, or a file that ends in .safetensors, .index.json, {', '.join(_PICKLES)}",
     )
 
 
@@ -106,7 +107,10 @@ def _newest_whole(path: Path) -> Checkpoint:
         if not isinstance(manifest, list):
             return Checkpoint(folder, manifest)
         damage.append(f"{folder}: {', '.join(manifest)}")
-    raise CheckpointError(f"no checkpoint here is whole: {'; '.join(damage)}", fix="load another")
+    raise CheckpointError(
+        f"no checkpoint here is whole: {'; '.join(damage)}",
+        fix="bring back the files named above, or name another run or checkpoint",
+    )
 
 
 class _SafetensorsSource:
