@@ -79,7 +79,7 @@ def _run(arguments: Sequence[str]) -> int:
             raise _full(error) from error
         if not hasattr(error, "__notes__"):
             raise
-        from forgather.cli.blame import user_error
+        from forgather.config.blame import user_error
 
         mendable = user_error(error)
         if mendable is None:

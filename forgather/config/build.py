@@ -162,7 +162,7 @@ class Builder:
         except BaseException as error:
             # Only the innermost constructor's note: the chain names those around it.
             if building_note(error) is None:
-                error.add_note(f"{_NOTE}{' -> '.join(self.chain)}: {node.spec} ({node.place})")
+                error.add_note(f"{_NOTE}{' -> '.join(self.chain)}: {node.spec} ({node.place}){_given_by_words(node)}")
             raise
         finally:
             self.chain.pop()
@@ -171,6 +171,13 @@ class Builder:
 def building_note(error: BaseException) -> str | None:
     """What was being built when `error` was raised: the chain of keys, SPEC and place. None outside of building."""
     return next((note for note in getattr(error, "__notes__", ()) if note.startswith(_NOTE)), None)
+
+
+def _given_by_words(node: Call) -> str:
+    """Which arguments of a call come from the command line or a Python call, and not from the place of the call."""
+    values = [each.target if isinstance(each, Reference) else each for _, each in node.arguments]
+    words = dict.fromkeys(str(value.place) for value in values if value.place.line == 0)
+    return f", given {', '.join(words)}" if words else ""
 
 
 def bind_params(

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from forgather.config.blame import user_error
+from forgather.config.names import did_you_mean, nearest
 from forgather.config.project import Project
 from forgather.distributed.collectives import rank
 from forgather.distributed.devices import count_cores
@@ -38,6 +40,11 @@ class Plan:
         pairs = re.split(r",(?=[\w.]+=)", text)
         for pair in pairs[1:] if pairs[0] == "single" else pairs:
             key, equals, value = pair.partition("=")
+            if not pair or pair.endswith(","):
+                raise ConfigError(
+                    f"the plan {text!r} has nothing between two commas, or beside one at its end",
+                    fix="write one comma between two settings, as in shard=2,lr=1e-4",
+                )
             if not equals:
                 raise ConfigError(
                     f"the plan {text!r} has no value for {key!r}",
@@ -46,7 +53,10 @@ class Plan:
             if key not in AXES:
                 settings.append(pair)
             elif not value.isdecimal() or int(value) < 1:
-                raise ConfigError(f"the plan {text!r}: {key} is {value!r}", fix=f"use a whole number, as in {key}=2")
+                why = "; a plan's sizes say how many processes it has" if value == "auto" else ""
+                raise ConfigError(
+                    f"the plan {text!r}: {key} is {value!r}{why}", fix=f"use a whole number, as in {key}=2"
+                )
             else:
                 axes[key] = int(value)
         return cls(text, axes, tuple(settings))
@@ -62,6 +72,12 @@ class Plan:
         words = [f"mesh.{axis}={size}" for axis, size in self.axes.items()]
         for pair in self.settings:
             key, _, value = pair.partition("=")
+            root = re.split(r"[.\[]", key, maxsplit=1)[0]
+            if root not in parameters and not project.has(root):
+                raise ConfigError(
+                    f"the plan {self.text!r}: nothing is called {root!r}",
+                    fix=_meant(root, [*parameters, *project.targets()]),
+                )
             if key in parameters:
                 args[key] = parameters[key].parse(value, f"{key}={value} of the plan {self.text}")
             else:
@@ -98,7 +114,15 @@ def record_plan(send: Callable[[Any], None], project: Project, steps: int) -> No
 def build_parts(project: Project) -> tuple[Any, Any, Any, Any]:
     """Step, model, optimizer and data of a run, without the run: no folder is opened, so there are no reports."""
     session = project.session({"reports": None} if project.has("reports") else {})
-    return tuple(session.build(target) for target in ("step", "model", "optimizer", "data"))
+    try:
+        return tuple(session.build(target) for target in ("step", "model", "optimizer", "data"))
+    except ForgatherError:
+        raise
+    except Exception as error:
+        mendable = user_error(error)
+        if mendable is None:
+            raise
+        raise mendable from error
 
 
 def _compare(
@@ -138,6 +162,12 @@ class _Stream:
             except EOFError:
                 return
             yield from readings
+
+
+def _meant(name: str, others: Sequence[str]) -> str:
+    axis = nearest(name, AXES)
+    near = f"did you mean {axis!r}?" if axis is not None else did_you_mean(name, others, what="the config has")
+    return f"{near} The axes of a mesh are {', '.join(AXES)}"
 
 
 def _other_parameters(plans: Sequence[Plan], names: Sequence[Sequence[str]]) -> ConfigError:

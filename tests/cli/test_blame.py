@@ -2,8 +2,8 @@
 
 import pytest
 
-from forgather.cli import blame
 from forgather.cli.main import main
+from forgather.config import blame
 
 NUMBER = "number: !singleton:int [x]\n"
 OWN = "part: !singleton:part.py:Part {size: 0}\n"
@@ -30,6 +30,14 @@ def test_a_value_that_a_constructor_refuses_is_told_in_short(config, forgather):
         "  while building number: int (configs/own.yaml:1:9)\n"
         "  fix: change what is given there; with FORGATHER_TRACEBACK=1 the traceback is shown\n"
     )
+
+
+@pytest.mark.parametrize("word", ["both.base=nope", "base=nope"])
+def test_the_word_that_gave_the_value_is_named(config, forgather, word):
+    config("base: 10\nboth: !singleton:int {'*': ['7'], base: !ref base }\n")
+    done = forgather("-t", "own", "construct", "both", word)
+    assert done.code == 2
+    assert f", given {word}\n" in done.err
 
 
 def test_a_library_that_refuses_a_value_is_told_in_short(config, forgather):

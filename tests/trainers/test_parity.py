@@ -241,7 +241,18 @@ def test_a_plan_has_axes_and_settings():
     assert Plan.parse("single").num_ranks == 1
 
 
-@pytest.mark.parametrize(("text", "message"), [("shard", "no value for 'shard'"), ("tensor=0", "tensor is '0'")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("shard", "no value for 'shard'"),
+        ("tensor=0", "tensor is '0'"),
+        ("shard=auto", "sizes say how many processes"),
+        ("shard=2,,lr=1", "nothing between two commas"),
+        ("single,,lr=1", "nothing between two commas"),
+        ("shard=2,", "beside one at its end"),
+        (",shard=2", "nothing between"),
+    ],
+)
 def test_a_plan_that_cannot_be_read(text, message):
     with pytest.raises(ConfigError, match=message):
         Plan.parse(text)
@@ -280,8 +291,16 @@ def test_a_plan_that_cannot_run_says_which_and_which_rank(project_dir, capsys):
 def test_a_setting_that_does_not_exist_is_refused_before_anything_starts(project_dir, capsys):
     assert parity(project_dir, "single", "shar=2") == 2
     captured = capsys.readouterr()
-    assert "'shar'" in captured.err
+    assert "nothing is called 'shar'\n  fix: did you mean 'shard'? The axes of a mesh are pipeline," in captured.err
     assert captured.out == ""
+
+
+def test_a_value_that_a_constructor_refuses_is_told_without_a_traceback(project_dir, capsys):
+    assert parity(project_dir, "single", "single,optimizer.optimizer=nope", "--first", "1") == 2
+    error = capsys.readouterr().err
+    assert "plan single,optimizer.optimizer=nope: rank 0 of 1: TypeError: 'str' object is not callable" in error
+    assert ", given optimizer.optimizer=nope\n" in error
+    assert "Traceback" not in error
 
 
 # Ranks of this host
