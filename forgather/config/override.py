@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 
 from forgather.config.merge import merge
-from forgather.config.names import did_you_mean
+from forgather.config.names import did_you_mean, nearest
 from forgather.config.paths import Step, format_path, parse_path
 from forgather.config.problems import Collector, problem
 from forgather.config.read import read_word
@@ -82,8 +82,7 @@ class _Override:
         is_open = is_open or here.place.line == 0  # a mapping that another word made
         if child is None and not (is_open or here.is_call):
             where = f" in {format_path(done)!r}" if done else ""
-            fix = did_you_mean(key, holder.items, what="known here")
-            raise problem(self.value.place, f"nothing is called {key!r}{where}", fix=fix)
+            raise problem(self.value.place, f"nothing is called {key!r}{where}", fix=_instead(key, holder))
         if rest and (child is None or (is_open and isinstance(child, Scalar) and child.content is None)):
             child, is_open = MappingValue({}, self.value.place), True
         made = self.descend(child, rest, (*done, key), is_open=is_open)
@@ -116,6 +115,17 @@ class _Override:
         made = self.descend(here.items[index], rest, (*done, index), is_open=False)
         added = [] if made is None else [made]
         return ListValue([*here.items[:index], *added, *here.items[index + 1 :]], here.place, here.tag)
+
+
+def _instead(key: str, holder: MappingValue) -> str:
+    """The next action for a key that is not in `holder`: the one that was meant, or where a new one is written."""
+    known = [str(name) for name in holder.items]
+    near = nearest(key, known)
+    if near is not None:
+        return f"did you mean {near!r}?"
+    public = [name for name in known if not name.startswith("_")]
+    known_here = did_you_mean(key, public, what="known here")
+    return f"{known_here}; an override changes what is there: to add {key}, write it in a config that extends this one"
 
 
 def _as_mapping(value: Value) -> MappingValue | None:

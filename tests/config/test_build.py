@@ -299,6 +299,8 @@ def test_overrides_reach_into_projects(load: Load, refused: Refused):
     [
         ("main", "must be key.path=value"),
         ("mian.x=1", "nothing is called 'mian'\n  fix: did you mean 'main'?"),
+        ("main.plain.x=1", "known here: y; an override changes what is there: to add x, write it in a config"),
+        ("unheard=1", "known here: alias, main, xs;"),
         ("main.plain.x=1", "nothing is called 'x' in 'main.plain'"),
         ("xs[5]=1", "'xs' has no item 5"),
         ("xs.a=1", "'xs' has no part 'a': it is a list"),
@@ -313,7 +315,7 @@ def test_overrides_reach_into_projects(load: Load, refused: Refused):
     ],
 )
 def test_words_that_are_refused(refused: Refused, word: str, said: str):
-    text = "args: {n: 1}\nmain: !singleton:dict {plain: {y: 1}}\nxs: [1]\nalias: !ref main"
+    text = "args: {n: 1}\nmain: !singleton:dict {plain: {y: 1}}\nxs: [1]\nalias: !ref main\n_own: 1"
     found = refused(text, words=[word])
     assert said in found
     assert found.startswith(word)
