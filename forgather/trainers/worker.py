@@ -57,9 +57,11 @@ def _work(project: Project, session: Any, environment: Environment, log: RankLog
         run.describe("config.yaml", project.show())
         checkpoint = trainer.resume()
         if trainer.steps_done >= trainer.steps:
+            # A decay that was begun by a command has the last word on where a run ends.
+            more = "more steps continue it" if trainer.steps == trainer.asked_steps else "its learning rate has decayed"
             run.say(
                 f"nothing to do: {run.dir} has made {trainer.steps_done} steps of {trainer.steps}"
-                " (more steps continue it, --fresh begins another run)"
+                f" ({more}, --fresh begins another run)"
             )
             return EXIT_OK
         if checkpoint is not None:

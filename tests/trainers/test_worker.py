@@ -167,6 +167,37 @@ def test_a_stopped_run_is_resumable(folder):
     assert [row["loss"] for row in first] == [row["loss"] for row in second]
 
 
+DECAYING = """
+extends: train.yaml
+schedule: !singleton:forgather.optim.schedules:warmup_stable_decay
+  length: null
+  decay: 2
+main:
+  hooks:
+    decayer: !singleton:decayer.py:Decayer
+      schedule: !ref schedule
+"""
+
+DECAYER = """
+class Decayer:
+    def __init__(self, schedule):
+        self.schedule = schedule
+    def on_logged(self, event):
+        if event.step == 1:
+            self.schedule.on_command("decay")
+"""
+
+
+def test_a_run_that_has_decayed_on_command_is_over_whatever_its_steps(folder, capsys):
+    (folder / "configs" / "decaying.yaml").write_text(DECAYING)
+    (folder / "configs" / "decayer.py").write_text(DECAYER)
+    assert run_worker(Project(folder, "decaying", args={"run_name": "decayed"})) == EXIT_OK
+    assert [row["lr"] for row in rows_of(folder, "decayed")] == [1e-2, 5e-3, 0.0]
+    capsys.readouterr()
+    assert run_worker(Project(folder, "decaying", args={"run_name": "decayed", "steps": 9})) == EXIT_OK
+    assert "has made 3 steps of 3 (its learning rate has decayed, --fresh" in capsys.readouterr().err
+
+
 def test_a_run_that_diverges_ends_with_its_last_checkpoint_whole(folder):
     options = {"run_name": "diverged", "lr": 1e30, "max_grad_norm": None, "save_every": 1}
     with pytest.raises(TrainingError, match=r"step 2: loss .* the step was not applied"):
