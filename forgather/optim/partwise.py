@@ -5,6 +5,7 @@ than this rank's part (a whole matrix, a sum over a row) says so itself. Paramet
 a piece at a time, and rounded stochastically.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -79,6 +80,7 @@ class PartwiseOptimizer(Optimizer):
         self.seed = seed if stochastic_rounding else None
         self.state_dtype = state_dtype
         for group in self.param_groups:
+            _check_ranges(group)
             if "param_names" not in group:
                 raise ConfigError(
                     f"{type(self).__name__} needs the names of its parameters",
@@ -121,6 +123,23 @@ class PartwiseOptimizer(Optimizer):
             if not self.state[parameter]:
                 self.state[parameter] = self.new_state(group, parameter)
             yield Part(name, parameter, local(parameter), local(parameter.grad), self.state[parameter])
+
+
+def _check_ranges(group: Mapping[str, Any]) -> None:
+    """ConfigError for an option of a group with which a step would lead nowhere."""
+    for name in ("lr", "eps", "weight_decay"):
+        value = group.get(name, 0)
+        if isinstance(value, int | float) and not 0 <= value < math.inf:
+            raise ConfigError(f"the optimizer's {name} is {value}", fix=f"use a number from 0 for {name}")
+    means = {"betas": group.get("betas", ()), "momentum": (group.get("momentum", 0),)}
+    for name, weights in means.items():
+        if not all(0 <= weight < 1 for weight in weights):
+            shown = ", ".join(map(str, weights))
+            raise ConfigError(f"the optimizer's {name}: {shown}", fix=f"use numbers from 0, below 1, for {name}")
+    if group.get("nesterov") and not group["momentum"]:
+        raise ConfigError(
+            "the optimizer's nesterov is true, but its momentum is 0", fix="use nesterov: false, or momentum: 0.9"
+        )
 
 
 def local(tensor: Tensor) -> Tensor:

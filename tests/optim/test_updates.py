@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from forgather.errors import ConfigError
+from forgather.optim.adafactor import Adafactor
 from forgather.optim.adamw import AdamW
 from forgather.optim.groups import describe_groups
 from forgather.optim.muon import Muon
+from forgather.optim.sgd import SGD
 from tests.optim.updates import (
     MESHES,
     OPTIMIZERS,
@@ -197,9 +199,15 @@ def test_parameters_without_names_are_refused(make):
         (partial(AdamW, state_dtype="fp8"), "state_dtype is 'fp8'"),
         (partial(Muon, scale="none"), "scale is 'none'"),
         (partial(Muon, compute_in="fp16"), "compute_in is 'fp16'"),
+        (partial(AdamW, lr=-1e-3), r"lr is -0\.001"),
+        (partial(AdamW, weight_decay=float("nan")), "weight_decay is nan"),
+        (partial(AdamW, betas=(0.9, 1.0)), r"betas: 0\.9, 1\.0"),
+        (partial(SGD, momentum=1.5), r"momentum: 1\.5"),
+        (partial(SGD, momentum=0, nesterov=True), "nesterov is true, but its momentum is 0"),
+        (partial(Adafactor, lr=float("inf")), "lr is inf"),
     ],
 )
-def test_unknown_options_are_refused(make, message):
+def test_options_that_are_unknown_or_lead_nowhere_are_refused(make, message):
     with pytest.raises(ConfigError, match=message) as error:
         make([{"params": [("w", nn.Parameter(torch.ones(2, 2)))]}])
     assert error.value.fix.startswith("use ")
