@@ -16,9 +16,6 @@ Shapes: B rows, L tokens, D channels. Pieces have the same size on all ranks, sa
 are cut as torch.chunk cuts.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -27,30 +24,15 @@ from torch import Tensor
 
 Group = dist.ProcessGroup
 
-_RESULTS_ARE_KEPT = ContextVar("results_are_kept", default=False)
-
-
-@contextmanager
-def results_kept() -> Iterator[None]:
-    """Within, what operations give is kept to be used again, as selective recomputing does: no sum is written over it.
-
-    torch would not notice, for a linear layer's result is no view of the product of matrices whose memory it is.
-    """
-    token = _RESULTS_ARE_KEPT.set(True)
-    try:
-        yield
-    finally:
-        _RESULTS_ARE_KEPT.reset(token)
-
 
 def enter(x: Tensor, group: Group) -> Tensor:
     """A whole tensor, from which each rank computes something else: its gradient is the sum of theirs."""
     return _apply(_Enter, x, group)
 
 
-def add(x: Tensor, group: Group) -> Tensor:
-    """The sum over the ranks, whole. May be written over `x`, save within `results_kept`."""
-    return _apply(_Add, x, group)
+def add(x: Tensor, group: Group, *, over: bool = True) -> Tensor:
+    """The sum over the ranks, whole. May be written over `x`, save where `over` is false."""
+    return _apply(_Add, x, group, over)
 
 
 def split(x: Tensor, dim: int, group: Group) -> Tensor:
@@ -132,15 +114,15 @@ class _Enter(torch.autograd.Function):
 
 class _Add(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        if torch.compiler.is_compiling() or not x.is_contiguous() or _RESULTS_ARE_KEPT.get():
+    def forward(ctx: Any, x: Tensor, group: Group, over: bool) -> Tensor:
+        if torch.compiler.is_compiling() or not x.is_contiguous() or not over:
             return _sum(x.clone(memory_format=torch.contiguous_format), group)
         ctx.mark_dirty(x)
         return _sum(x, group)
 
     @staticmethod
-    def backward(_ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
+    def backward(_ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0], None, None
 
 
 class _Split(torch.autograd.Function):

@@ -5,8 +5,8 @@ et al. 2022, arXiv:2205.05198. A block keeps its class and its parameters their 
 so hooks on the block, FSDP's among them, run once and not again when it is recomputed.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from forgather.distributed import exchange
 from forgather.distributed.blocks import blocks_for, remember
+from forgather.distributed.tensor_layers import part_of
 from forgather.errors import ConfigError
 
 FULL, SELECTIVE, NONE = "full", "selective", "none"
@@ -70,23 +70,28 @@ class Recomputed:
     def __init__(self, block: nn.Module, selective: bool) -> None:
         self.forward: Callable[..., Any] = block.forward
         self.selective = selective
+        parts = [part for part in map(part_of, block.modules()) if part is not None]
+        if selective:
+            # torch would not notice: a linear layer's result is no view of the product of matrices whose memory it is.
+            for part in parts:
+                part.keeps_product = True
+        # Layers that remember their input for one another cannot be recomputed as a part of a compiled backward.
+        self.is_traceable = all(part.shared is None or part.sequence for part in parts)
         # Where each parameter of the block stands; which parameter does, changes: see `_as_in_forward`.
         self.places = [(module._parameters, name) for module in block.modules() for name in module._parameters]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self.forward(*args, **kwargs)
-        if torch.compiler.is_compiling():  # what is recomputed becomes part of the compiled backward
+        if torch.compiler.is_compiling() and self.is_traceable:  # it becomes part of the compiled backward
             options: dict[str, Any] = {"context_fn": _selective_contexts} if self.selective else {}
         else:
             options = {"context_fn": self._eager_contexts}
         return checkpoint(self.forward, *args, use_reentrant=False, **options, **kwargs)
 
     def _eager_contexts(self) -> tuple[Any, Any]:
-        if not self.selective:
-            return nullcontext(), _AsInForward(self, self.now(), nullcontext())
-        forward, again = _selective_contexts()
-        return _keeping(forward), _AsInForward(self, self.now(), _keeping(again))
+        forward, again = _selective_contexts() if self.selective else (nullcontext(), nullcontext())
+        return forward, _AsInForward(self, self.now(), again)
 
     def now(self) -> list[nn.Parameter | None]:
         """The parameters that the block has at this moment."""
@@ -119,12 +124,6 @@ class _AsInForward:
             self.inner.__exit__(*error)
         finally:
             self.block.put(self.before)
-
-
-@contextmanager
-def _keeping(inner: AbstractContextManager[Any]) -> Iterator[None]:
-    with exchange.results_kept(), inner:
-        yield
 
 
 def _choose(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:

@@ -52,6 +52,7 @@ class Part:
     gathers_output: bool = False
     splits_input: bool = False
     size: int = 0  # channels of the whole output
+    keeps_product: bool = False  # what the matrix gives is kept for the backward, so no sum is written over it
     plain_class: type[nn.Module] = field(default=nn.Module)
 
     @property
@@ -116,7 +117,10 @@ class SplitByInput(Whole):
         with _lent(self, without=("bias",)):
             y: Tensor = super(Whole, self).forward(x)
         split = part.tokens_are_split
-        y = exchange.add_and_split(y, SEQUENCE, part.group) if split else exchange.add(y, part.group)
+        if split:
+            y = exchange.add_and_split(y, SEQUENCE, part.group)
+        else:
+            y = exchange.add(y, part.group, over=not part.keeps_product)
         bias = self._parameters.get("bias")
         return y if bias is None else y + _local(bias, part.group if split else None)
 

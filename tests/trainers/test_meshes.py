@@ -139,6 +139,14 @@ def test_how_a_mesh_does_it_changes_nothing(four_ranks, single, options):
     assert_equal(four_ranks.run(train, {"tensor": 2, "shard": 2}, tied=False, **options), single[False])
 
 
+@pytest.mark.parametrize(("recompute", "precision"), [("full", "bf16"), ("selective", "fp32")])
+def test_a_compiled_block_recomputes_what_it_has_computed(two_ranks, recompute, precision):
+    """Layers that share an input cannot be recomputed by a compiled backward; the block then recomputes as it is."""
+    same = {"tied": False, "steps": 2, "sequence_parallel": False, "precision": precision}
+    ours = two_ranks.run(train, {"tensor": 2}, compile={"backend": "aot_eager"}, recompute=recompute, **same)
+    assert ours == two_ranks.run(train, {"tensor": 2}, **same)
+
+
 def start(axes: dict[str, int], tied: bool) -> tuple[dict[str, Tensor], float, list[int]]:
     """A new model's values, gathered; its loss on rows that it is not trained on; and what it writes."""
     mesh = Mesh(Environment(device="cpu"), **{"shard": 1, **axes})
