@@ -49,7 +49,6 @@ def test_the_shipped_rule_finds_norms_and_biases_of_all_families():
 
 
 @pytest.mark.training_case(84)
-@pytest.mark.training_case(84)
 def test_the_first_match_wins_and_none_drops_a_rule():
     rules = {"head": {"match": "lm_head"}, "dropped": None, "all": {"match": ""}}
     groups = names_of(split(Named(), rules))
