@@ -1,11 +1,19 @@
 """Whether an attention implementation can run where it is asked for, said before transformers or a compiler fails."""
 
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
 from forgather.errors import ModelError
 
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
+# Those that our pages name; transformers knows more, and others can be given to it.
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flex_attention")
+
+
+def attention_names() -> set[str]:
+    """The implementations that transformers knows now."""
+    return {*ATTENTIONS, *ALL_ATTENTION_FUNCTIONS.valid_keys()}
 
 
 def require_construction(implementation: str | None) -> None:

@@ -17,6 +17,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from forgather.errors import ModelError
+from forgather.models.attention_support import ATTENTIONS, attention_names
 from forgather.models.initialize import InitRules, choose, initialize, make_whole
 from forgather.models.sources import GENERATED, PARTS
 
@@ -76,6 +77,11 @@ def construct(
             f"attention {attn_implementation} cannot be had here: {error}", fix="install what it needs, or use sdpa"
         ) from error
     except ValueError as error:  # parts know nothing of Forgather and its errors
+        if attn_implementation is not None and attn_implementation not in attention_names():
+            raise ModelError(
+                f"nothing computes the attention {attn_implementation!r}",
+                fix=f"use one of {', '.join(ATTENTIONS)}, or null for the model's own choice",
+            ) from error
         raise ModelError(str(error), fix=_change(str(error), package)) from error
     except (TypeError, RuntimeError) as error:
         if not _is_about_values(error, package):

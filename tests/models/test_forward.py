@@ -194,7 +194,7 @@ def test_sizes_that_do_not_fit(tmp_path: Any, sizes: dict[str, Any], message: st
 
 
 def test_unknown_attention(tiny: Package) -> None:
-    with pytest.raises(ModelError, match="guessing"):
+    with pytest.raises(ModelError, match="'guessing'\n  fix: use one of eager, sdpa, "):
         construct(tiny.dir, attn_implementation="guessing")
 
 
