@@ -117,19 +117,27 @@ def _print_tensors(layout: dict[str, StoredTensor], pattern: str) -> None:
 
 
 def _verify(folders: Sequence[Path]) -> None:
-    damaged = []
+    damaged, foreign = [], []
     for folder in folders:
         try:
             manifest = Manifest.read(folder)
             damage = manifest.damaged_sizes(folder) or manifest.damaged_digests(folder, manifest.files)
         except ManifestError as error:
             damage = [error.line]
+            if isinstance(error, OtherFormatError):
+                print(f"{folder}: {error.line}")
+                foreign.append((folder.name, error))
+                continue
         print(f"{folder}: {'; '.join(damage) if damage else f'whole, {_size(manifest.size)} read'}")
         damaged += [folder.name] if damage else []
     if damaged:
         raise CheckpointError(
             f"damaged: {', '.join(damaged)}",
             fix="bring back the files named above; a resume takes the newest that is whole",
+        )
+    if foreign:
+        raise CheckpointError(
+            f"cannot be verified here: {', '.join(name for name, _ in foreign)}", fix=foreign[0][1].fix
         )
 
 

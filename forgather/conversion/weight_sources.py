@@ -77,9 +77,11 @@ def open_weights(path: Path) -> WeightSource:
         return _SafetensorsSource(path)
     if path.suffix in _PICKLES:
         return _PickleSource(path)
+    has_weights = any((path.parent / name).exists() for name in (MANIFEST, *HUGGING_FACE_FILES))
+    folder = f"name its folder, {path.parent}, or " if has_weights else "name "
     raise CheckpointError(
         f"{path} has the name of no weights",
-        fix=f"name its folder, {path.parent}, or a file that ends in .safetensors, .index.json, {', '.join(_PICKLES)}",
+        fix=f"{folder}a file that ends in .safetensors, .index.json, {', '.join(_PICKLES)}",
     )
 
 

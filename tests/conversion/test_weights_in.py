@@ -291,6 +291,18 @@ def test_what_is_no_weights_is_said_to_be_none(
         open_weights(tmp_path / name)
 
 
+def test_for_a_file_beside_weights_their_folder_is_suggested(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    for fix, name in (
+        ("name a file that ends in ", "unrelated"),
+        (f"name its folder, {tmp_path}, ", "pytorch_model.bin"),
+    ):
+        (tmp_path / name).touch()
+        with pytest.raises(CheckpointError) as error:
+            open_weights(tmp_path / "config.json")
+        assert (error.value.fix or "").startswith(fix)
+
+
 def test_an_index_of_other_shards_is_refused(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(1)}, tmp_path / "x.bin")
     (tmp_path / "i.index.json").write_text('{"weight_map": {"b": "x.bin"}}')
