@@ -122,12 +122,12 @@ def _verify(folders: Sequence[Path]) -> None:
         try:
             manifest = Manifest.read(folder)
             damage = manifest.damaged_sizes(folder) or manifest.damaged_digests(folder, manifest.files)
+        except OtherFormatError as error:
+            print(f"{folder}: {error.line}")
+            foreign.append(error)
+            continue
         except ManifestError as error:
             damage = [error.line]
-            if isinstance(error, OtherFormatError):
-                print(f"{folder}: {error.line}")
-                foreign.append((folder.name, error))
-                continue
         print(f"{folder}: {'; '.join(damage) if damage else f'whole, {_size(manifest.size)} read'}")
         damaged += [folder.name] if damage else []
     if damaged:
@@ -136,9 +136,7 @@ def _verify(folders: Sequence[Path]) -> None:
             fix="bring back the files named above; a resume takes the newest that is whole",
         )
     if foreign:
-        raise CheckpointError(
-            f"cannot be verified here: {', '.join(name for name, _ in foreign)}", fix=foreign[0][1].fix
-        )
+        raise foreign[0]
 
 
 def _diff(left: Path, right: Path) -> int:
