@@ -33,7 +33,19 @@ def assert_only_whole_ones(run: Path) -> int:
     return max(steps, default=0)
 
 
-@pytest.mark.parametrize("place", ["tensors", "record", "layout", "manifest", "sync", "rename", "retention", "removal"])
+# Before a file is whole, between the ranks' parts and the name, and after it: the others are as these for who resumes.
+@pytest.mark.parametrize(
+    "place",
+    [
+        "rename",
+        "tensors",
+        "removal",
+        *(
+            pytest.param(place, marks=pytest.mark.soak)
+            for place in ("record", "layout", "manifest", "sync", "retention")
+        ),
+    ],
+)
 def test_killed_at_each_stage_of_a_save(tmp_path: Path, undisturbed: list[str], place: str) -> None:
     run = tmp_path / "run"
     with Victim(run, 6) as victim:
@@ -81,7 +93,7 @@ def kill_at_random(tmp_path: Path, undisturbed: list[str], kills: int, seed: int
 
 
 @pytest.mark.training_case(35)
-@pytest.mark.parametrize(("asynchronous", "kills"), [(False, 3), (True, 5)])
+@pytest.mark.parametrize(("asynchronous", "kills"), [pytest.param(False, 3, marks=pytest.mark.soak), (True, 5)])
 def test_killed_at_random(tmp_path: Path, undisturbed: list[str], asynchronous: bool, kills: int) -> None:
     kill_at_random(tmp_path, undisturbed, kills=kills, seed=1, asynchronous=asynchronous)
 

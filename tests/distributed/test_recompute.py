@@ -88,6 +88,7 @@ def test_all_blocks_of_a_class_are_compiled_once():
     assert compilations == 1
 
 
+@pytest.mark.soak  # it compiles C++ for half a minute
 def test_the_compiler_that_is_the_default_computes_the_same():
     ours, expected = train("none", dropout=0.0, compile=True), train("none", dropout=0.0)
     torch.testing.assert_close(ours[0], expected[0], rtol=1e-6, atol=0)

@@ -19,6 +19,20 @@ PAGES = all_pages()
 PROGRAM_LIMIT_S = 240
 # Its blocks show errors as well as configs, and tests/config holds each to what the page says of it.
 HELD_ELSEWHERE = "docs/reference/config-language.md"
+# What these pages run takes 20 to 50 s each, most of it imports: every command of theirs is a process. What they show
+# has tests of its own; `make soak` runs the pages themselves.
+HEAVY = {
+    "configs/tiny_experiments/README.md",
+    "docs/guides/debugging.md",
+    "docs/guides/own_text.md",
+    "docs/reference/import-export.md",
+    "docs/reference/meshes.md",
+    "docs/reference/model-cli.md",
+    "docs/reference/model-initialisation.md",
+    "docs/reference/parity.md",
+    "docs/reference/vocabulary.md",
+    "docs/reference/weights.md",
+}
 
 
 @pytest.fixture
@@ -65,10 +79,27 @@ def check_forgather(arguments: list[str], place: str) -> None:
         assert options.project.digest
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if str(page) != HELD_ELSEWHERE], ids=str)
+def all_but_held_elsewhere() -> list[object]:
+    """The pages, those that take long for `make soak`."""
+    pages = [page for page in PAGES if str(page) != HELD_ELSEWHERE]
+    return [pytest.param(page, id=str(page), marks=[pytest.mark.soak] if str(page) in HEAVY else []) for page in pages]
+
+
+@pytest.mark.parametrize("page", all_but_held_elsewhere())
 def test_blocks_run_and_commands_parse(page: Page, folder: Path):
     for block in page.programs():
         run_block(block.language, block.text, folder)
+    check_blocks(page)
+
+
+# The commands of the other one are about a project that its own blocks make.
+@pytest.mark.parametrize("name", sorted(HEAVY - {"docs/guides/own_text.md"}))
+def test_commands_of_heavy_pages_parse(name: str, folder: Path):
+    check_blocks(Page(ROOT / name))
+
+
+def check_blocks(page: Page) -> None:
+    """Every block is of its language, and every command exists."""
     for block in page.blocks():
         place = f"{page}:{block.line}"
         if block.language == "bash":

@@ -49,16 +49,8 @@ MESHES = {
     "pipeline=2,shard=2": {"tied": True, "rows_per_forward": 2},
     "pipeline=2,tensor=2,shard=2": {"tied": True, "rows_per_forward": 2},
 }
-# Replicas alone, tensor parallel alone and the other schedules have tests of their own beside what makes them.
-IN_EVERY_RUN = [
-    "shard=2",
-    "replicate=2,shard=2",
-    "tensor=2,shard=2",
-    "pipeline=2,pipeline.schedule=gpipe",
-    "pipeline=2,pipeline.schedule=interleaved_zero_bubble",
-    "pipeline=2,pipeline.schedule=zbv",
-    "pipeline=2,tensor=2,shard=2",
-]
+# The others have tests in every run beside what makes them: test_meshes.py, test_pipeline.py, test_pipeline_meshes.py.
+IN_EVERY_RUN = ["tensor=2,shard=2", "pipeline=2,pipeline.schedule=zbv"]
 VARIANTS = [
     pytest.param({}, id="untied"),
     pytest.param({"tied": True}, id="tied"),
