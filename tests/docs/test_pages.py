@@ -19,17 +19,20 @@ PAGES = all_pages()
 PROGRAM_LIMIT_S = 240
 # Its blocks show errors as well as configs, and tests/config holds each to what the page says of it.
 HELD_ELSEWHERE = "docs/reference/config-language.md"
-# What these pages run takes 20 to 50 s each, most of it imports: every command of theirs is a process. What they show
+# What these pages run takes 7 to 50 s each, most of it imports: every command of theirs is a process. What they show
 # has tests of its own; `make soak` runs the pages themselves.
 HEAVY = {
     "configs/tiny_experiments/README.md",
     "docs/guides/debugging.md",
     "docs/guides/own_text.md",
+    "docs/reference/data.md",
     "docs/reference/import-export.md",
     "docs/reference/meshes.md",
+    "docs/reference/metrics.md",
     "docs/reference/model-cli.md",
     "docs/reference/model-initialisation.md",
     "docs/reference/parity.md",
+    "docs/reference/parts.md",
     "docs/reference/vocabulary.md",
     "docs/reference/weights.md",
 }

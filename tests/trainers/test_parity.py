@@ -50,7 +50,7 @@ MESHES = {
     "pipeline=2,tensor=2,shard=2": {"tied": True, "rows_per_forward": 2},
 }
 # The others have tests in every run beside what makes them: test_meshes.py, test_pipeline.py, test_pipeline_meshes.py.
-IN_EVERY_RUN = ["tensor=2,shard=2", "pipeline=2,pipeline.schedule=zbv"]
+IN_EVERY_RUN = ["pipeline=2,pipeline.schedule=zbv"]
 VARIANTS = [
     pytest.param({}, id="untied"),
     pytest.param({"tied": True}, id="tied"),

@@ -73,7 +73,7 @@ def test_an_interruption_is_not_seen_in_the_losses(project_dir):
     assert losses(train(project_dir, "checkpointing")) == undisturbed
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
+@pytest.mark.parametrize("schedule", [pytest.param("1f1b", marks=pytest.mark.soak), "zbv"])
 def test_a_pipeline_is_not_seen_in_the_losses(schedule, project_dir):
     project = Project(project_dir, "schedules/pipelines", args=QUICK | {"pipeline_schedule": schedule})
     plans = [Plan.parse("single"), Plan.parse("pipeline=2")]
