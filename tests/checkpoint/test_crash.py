@@ -33,16 +33,15 @@ def assert_only_whole_ones(run: Path) -> int:
     return max(steps, default=0)
 
 
-# Before a file is whole, between the ranks' parts and the name, and after it: the others are as these for who resumes.
+# Before a file is whole, and between the ranks' parts and the name: the others are as these for who resumes.
 @pytest.mark.parametrize(
     "place",
     [
         "rename",
         "tensors",
-        "removal",
         *(
             pytest.param(place, marks=pytest.mark.soak)
-            for place in ("record", "layout", "manifest", "sync", "retention")
+            for place in ("record", "layout", "manifest", "sync", "retention", "removal")
         ),
     ],
 )

@@ -29,6 +29,7 @@ print(peak() - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads peak memory from Linux's /proc")
+@pytest.mark.soak  # processes of their own, with weights worth measuring
 def test_memory_is_a_shard_not_the_model(tmp_path: Path) -> None:
     """Peak over idle, there and back with all comparisons; the model has sixteen shards, of several tensors each."""
     save_stock(tmp_path / "small", "llama")

@@ -4,9 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "loader.py"
 
 
+@pytest.mark.soak  # it reads a whole benchmark
 def test_it_prints_its_table_and_keeps_the_memory_bar():
     flags = ["--megabytes", "4", "--pairs", "1", "--max-blocks", "500"]
     done = subprocess.run([sys.executable, str(SCRIPT), *flags], capture_output=True, text=True, check=False)
