@@ -156,6 +156,7 @@ def require_matrix(
                 assert after.losses == pytest.approx(expected.losses, rel=1e-5), where
 
 
+@pytest.mark.soak  # half a minute; in every run, test_round_trip.py and test_storage.py
 @pytest.mark.training_case(36, 37, 39)
 def test_any_mesh_goes_on_with_what_any_mesh_saved(project: str, pools: dict[int, RankPool], tmp_path: Path) -> None:
     require_matrix(project, pools, QUICK, ["single", "pipeline 2", "tensor 2 x shard 2"], True, tmp_path)

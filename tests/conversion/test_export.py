@@ -226,6 +226,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.soak  # processes of their own, measured
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads peak memory from Linux's /proc")
 def test_memory_is_a_shard_not_the_model(tmp_path: Path) -> None:
     """Peak over idle at most 1.1 shards and the largest tensor, in a process of its own; the model has four shards."""

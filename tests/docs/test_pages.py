@@ -25,6 +25,7 @@ HEAVY = {
     "configs/tiny_experiments/README.md",
     "docs/guides/debugging.md",
     "docs/guides/own_text.md",
+    "docs/reference/command-line.md",
     "docs/reference/data.md",
     "docs/reference/import-export.md",
     "docs/reference/meshes.md",
@@ -35,6 +36,7 @@ HEAVY = {
     "docs/reference/parts.md",
     "docs/reference/vocabulary.md",
     "docs/reference/weights.md",
+    "docs/tutorials/first_run.md",
 }
 
 
@@ -95,8 +97,11 @@ def test_blocks_run_and_commands_parse(page: Page, folder: Path):
     check_blocks(page)
 
 
-# The commands of the other one are about a project that its own blocks make.
-@pytest.mark.parametrize("name", sorted(HEAVY - {"docs/guides/own_text.md"}))
+# The commands of these are about projects that their own blocks make.
+MAKING_PROJECTS = {"docs/guides/own_text.md", "docs/reference/command-line.md", "docs/tutorials/first_run.md"}
+
+
+@pytest.mark.parametrize("name", sorted(HEAVY - MAKING_PROJECTS))
 def test_commands_of_heavy_pages_parse(name: str, folder: Path):
     check_blocks(Page(ROOT / name))
 

@@ -23,6 +23,7 @@ def run(*words: str | Path) -> str:
     return done.stdout
 
 
+@pytest.mark.soak  # a process of its own, measured
 def test_70_billion_parameters_on_meta_take_hardly_more_memory_than_the_imports(tmp_path: Path) -> None:
     run("-c", WRITE, BENCHMARKS, tmp_path)
     found = json.loads(run(BENCHMARKS / "construct.py", "--figures=on_meta", "--shape=70B", f"--folder={tmp_path}"))

@@ -266,6 +266,7 @@ def test_equal_plans_end_with_0(project_dir, capsys):
     assert not (project_dir / "runs").exists()
 
 
+@pytest.mark.soak  # in every run, what it is made of
 def test_different_plans_end_with_1(project_dir, capsys):
     assert parity(project_dir, "single", "lr=1e-4", "--first", "9", "--keep-going") == 1
     out = capsys.readouterr().out

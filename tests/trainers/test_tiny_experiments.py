@@ -100,6 +100,7 @@ def bytes_kept(project_dir: Path, recompute: str) -> int:
     return sum(kept.values())
 
 
+@pytest.mark.soak  # several runs, measured
 def test_recomputing_keeps_less(project_dir):
     everything, blocks = bytes_kept(project_dir, "none"), bytes_kept(project_dir, "full")
     assert blocks < everything / 2
