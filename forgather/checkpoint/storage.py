@@ -13,12 +13,11 @@ from pathlib import Path
 import torch
 import xxhash
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from forgather.checkpoint.layout import Chunk, Layout, StoredTensor
 from forgather.checkpoint.part import blocks_of
 from forgather.errors import CheckpointError
-from forgather.tensor_boxes import Box, local_box
+from forgather.tensor_boxes import Box, local_box, local_part
 
 
 def dtype_of(stored: StoredTensor) -> torch.dtype:
@@ -129,11 +128,6 @@ def _overlap(chunk: Chunk, box: Box) -> Box | None:
 def _region(offsets: tuple[int, ...], sizes: tuple[int, ...], origin: tuple[int, ...]) -> tuple[slice, ...]:
     """A box of the whole, as slices of what begins at `origin`."""
     return tuple(slice(at - start, at - start + size) for at, size, start in zip(offsets, sizes, origin, strict=True))
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """This rank's memory of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

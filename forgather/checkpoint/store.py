@@ -44,9 +44,17 @@ from forgather.checkpoint.messages import Committed, Failed, WritePart
 from forgather.checkpoint.plan import Plans, held
 from forgather.checkpoint.run_folder import RunFolder
 from forgather.checkpoint.state import TrainState
-from forgather.checkpoint.storage import local_part, raw_bytes, read_into
-from forgather.distributed.collectives import broadcast_object, gather_objects, rank, world_size
-from forgather.errors import CheckpointError, DistributedError, ForgatherError
+from forgather.checkpoint.storage import raw_bytes, read_into
+from forgather.distributed.collectives import (
+    broadcast_object,
+    failing_together,
+    gather_objects,
+    raise_together,
+    rank,
+    world_size,
+)
+from forgather.errors import CheckpointError, ForgatherError
+from forgather.tensor_boxes import local_part
 
 CONFIG = "config.yaml"
 
@@ -124,7 +132,7 @@ class CheckpointStore:
         is_planned = captured is not None and self._plans.holds(captured[0])
         answers = gather_objects((previous, None if failure is None else cause_of(failure), is_planned))
         self._settle([part for part, _, _ in answers])
-        _fail_together(failure, [cause for _, cause, _ in answers])
+        raise_together(failure, [cause for _, cause, _ in answers])
         assert captured is not None, "what was not captured has failed"
         tensors, document = captured
         if not self._is_tidy or step in self._damaged:
@@ -213,13 +221,9 @@ class CheckpointStore:
             self.run.say(f"note: {checkpoint.path} has a state of {name!r}, which this run lacks; it is not used")
         for name in sorted(set(state.extras) - set(document["extras"])):
             self.run.say(f"note: {checkpoint.path} has no state of {name!r}, which starts anew")
-        failure: Exception | None = None
-        try:
+        with failing_together():
             read_into(checkpoint.path, checkpoint.layout, targets)
             state.accept(document, targets)
-        except Exception as error:  # noqa: BLE001  raised below, by all
-            failure = error
-        _fail_together(failure, gather_objects(None if failure is None else cause_of(failure)))
         self._current = checkpoint.step
 
     def _begin(
@@ -363,12 +367,3 @@ def _shown(shape: Sequence[int], dtype: str) -> str:
 
 def _digest(tensor: torch.Tensor) -> str:
     return xxhash.xxh3_64_hexdigest(raw_bytes(tensor.detach().to("cpu").contiguous()))
-
-
-def _fail_together(failure: Exception | None, causes: Sequence[str | None]) -> None:
-    """Raise on every rank when one has failed: there its own error, elsewhere one that names it."""
-    if failure is not None:
-        raise failure
-    for number, cause in enumerate(causes):
-        if cause is not None:
-            raise DistributedError(f"rank {number} failed ({cause})")

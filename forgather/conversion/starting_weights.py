@@ -6,13 +6,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from forgather.checkpoint.storage import local_part
 from forgather.conversion.listing import listed
 from forgather.conversion.model_folder import tokenizer_in
 from forgather.conversion.weight_sources import CheckpointSource, WeightSource, open_weights
 from forgather.distributed.collectives import failing_together, gather_objects
 from forgather.errors import CheckpointError
-from forgather.tensor_boxes import local_box
+from forgather.tensor_boxes import local_box, local_part
 
 
 class StartingWeights:

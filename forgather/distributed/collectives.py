@@ -4,7 +4,7 @@ All of them are collective: every rank calls them, in the same order. A world of
 bytes; parameters and gradients travel elsewhere.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -82,7 +82,14 @@ def failing_together() -> Iterator[None]:
         yield
     except Exception as error:  # noqa: BLE001  raised below, by all
         failure = error
-    causes = gather_objects(None if failure is None else str(failure) or type(failure).__name__)
+    raise_together(failure, gather_objects(None if failure is None else str(failure) or type(failure).__name__))
+
+
+def raise_together(failure: Exception | None, causes: Sequence[str | None]) -> None:
+    """Raise on every rank when one has failed: there its own error, elsewhere one that names it.
+
+    `causes` are all ranks' in order, None for one that has not failed. For those who have told them with other things.
+    """
     if failure is not None:
         raise failure
     for number, cause in enumerate(causes):

@@ -40,12 +40,20 @@ class FsdpOptions:
     `reshard_after_forward` frees a block's parameters until its backward: less memory, one more gather. auto does so,
     but not in a pipeline, where each microbatch would gather anew. `cpu_offload` keeps parameters, gradients and
     optimizer state in the host's memory between uses. `prefetch` is how many blocks ahead are gathered; 0 leaves that
-    to FSDP2, which gathers the next one.
+    to FSDP2, which gathers the next one. DistributedError for a value that means nothing.
     """
 
     reshard_after_forward: bool | Literal["auto"] = "auto"
     cpu_offload: bool = False
     prefetch: int = 0
+
+    def __post_init__(self) -> None:
+        if self.reshard_after_forward not in (True, False, "auto"):
+            raise DistributedError(
+                f"fsdp.reshard_after_forward is {self.reshard_after_forward!r}", fix="use true, false or auto"
+            )
+        if isinstance(self.prefetch, bool) or not isinstance(self.prefetch, int) or self.prefetch < 0:
+            raise DistributedError(f"fsdp.prefetch is {self.prefetch!r}", fix="use a number of blocks from 0")
 
 
 FSDP_DEFAULTS = FsdpOptions()

@@ -172,21 +172,17 @@ def whole_of(model: Any) -> Any:
 
 
 def _leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The blocks and what has no children, by name; blocks as a whole."""
-    blocks = tuple(getattr(model, "_no_split_modules", None) or ())
-    for name, child in model.named_children():
-        if isinstance(child, Absent) or type(child).__name__ in blocks or not any(child.children()):
-            yield name, child
-        else:
-            yield from ((f"{name}.{inner}", module) for inner, module in _leaves_below(child, blocks))
+    """The blocks, as a whole, and other modules without children, by name."""
+    blocks = set(getattr(model, "_no_split_modules", None) or ())
 
+    def below(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+        for name, child in module.named_children():
+            if isinstance(child, Absent) or type(child).__name__ in blocks or not any(child.children()):
+                yield f"{prefix}{name}", child
+            else:
+                yield from below(child, f"{prefix}{name}.")
 
-def _leaves_below(module: nn.Module, blocks: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
-    for name, child in module.named_children():
-        if isinstance(child, Absent) or type(child).__name__ in blocks or not any(child.children()):
-            yield name, child
-        else:
-            yield from ((f"{name}.{inner}", below) for inner, below in _leaves_below(child, blocks))
+    return below(model, "")
 
 
 def _follow_mode(union: nn.Module, shells: Sequence[nn.Module]) -> Callable[..., None]:

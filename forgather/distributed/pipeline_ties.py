@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from forgather.distributed.holders import mark_counted_elsewhere
 from forgather.distributed.pipeline_anatomy import Anatomy
+from forgather.tensor_boxes import local_part
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,12 @@ class Ties:
         """Give the second holder the first's values, where this rank has both."""
         for tie in self.ties:
             if tie.first is not None and tie.last is not None:
-                _local(tie.last).copy_(_local(tie.first))
+                local_part(tie.last).copy_(local_part(tie.first))
 
     def _exchange(self, parameter: nn.Parameter, other: int) -> None:
         if parameter.grad is None:  # frozen, in both stages
             return
-        mine = _local(parameter.grad)
+        mine = local_part(parameter.grad)
         theirs = torch.empty_like(mine, memory_format=torch.contiguous_format)
         operations = [
             dist.P2POp(dist.isend, mine.contiguous(), group=self.group, group_peer=other),
@@ -102,7 +102,3 @@ def _named(whole: nn.Module, modules: Sequence[str]) -> Iterator[tuple[Tensor, s
     for module in modules:
         for name, parameter in whole.get_submodule(module).named_parameters(recurse=False):
             yield parameter, f"{module}.{name}"
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

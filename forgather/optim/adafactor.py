@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
-from forgather.optim.partwise import Groups, Part, PartwiseOptimizer, count_step, laid_out, local, pieces
+from forgather.optim.partwise import Groups, Part, PartwiseOptimizer, count_step, laid_out, pieces
 from forgather.optim.rounding import Rounding
+from forgather.tensor_boxes import local_part
 
 Axes = tuple[int, ...]
 
@@ -85,7 +86,7 @@ class _Factored:
         self.parameter = part.parameter
         self.value, self.gradient = part.value, part.gradient
         self.is_matrix = self.parameter.dim() > 1
-        self.shape = tuple(local(self.parameter).shape)
+        self.shape = tuple(local_part(self.parameter).shape)
         self.eps = torch.finfo(torch.float32).eps if group["eps"][0] is None else float(group["eps"][0])
         self.fraction = step ** group["beta2_decay"]  # of the new moments
 
@@ -111,7 +112,7 @@ class _Factored:
                 variance[piece].lerp_(self.gradient[piece].float().square(), self.fraction)
             return
         rows, columns = self.parameter.shape[-2:]
-        self.row_var, self.col_var = local(self.part.state["row_var"]), local(self.part.state["col_var"])
+        self.row_var, self.col_var = local_part(self.part.state["row_var"]), local_part(self.part.state["col_var"])
         self.row_var.lerp_(self.of_rows.div_(columns), self.fraction)
         self.col_var.lerp_(self.of_columns.div_(rows), self.fraction)
         self.of_row_var = self.row_var.sum(dim=-2, keepdim=True)
@@ -191,9 +192,9 @@ def _add_up(sums: Sequence[_Sum]) -> None:
 def _zeros_without(parameter: Tensor, dim: int) -> Tensor:
     """Zeros laid out like `parameter`, but of length 1 along `dim`, on all ranks that hold a piece along it."""
     dim %= parameter.dim()
-    part, shape = list(local(parameter).shape), list(parameter.shape)
+    part, shape = list(local_part(parameter).shape), list(parameter.shape)
     part[dim] = shape[dim] = 1
-    zeros = torch.zeros(part, dtype=torch.float32, device=local(parameter).device)
+    zeros = torch.zeros(part, dtype=torch.float32, device=local_part(parameter).device)
     if not isinstance(parameter, DTensor):
         return zeros
     placements = [Replicate() if _dim(place) == dim else place for place in parameter.placements]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from forgather.optim.partwise import Groups, Part, PartwiseOptimizer, StateDtype, count_step, local, pieces
+from forgather.optim.partwise import Groups, Part, PartwiseOptimizer, StateDtype, count_step, pieces
+from forgather.tensor_boxes import local_part
 
 
 class AdamW(PartwiseOptimizer):
@@ -49,7 +50,7 @@ class AdamW(PartwiseOptimizer):
 
 def new_adamw_state(optimizer: PartwiseOptimizer, parameter: Tensor, fused: bool) -> dict[str, Any]:
     """`step`, `exp_avg` and `exp_avg_sq` of a parameter before its first step."""
-    device = local(parameter).device if fused else None
+    device = local_part(parameter).device if fused else None
     step = torch.zeros((), dtype=torch.float32, device=device)
     return {"step": step, "exp_avg": optimizer.like(parameter), "exp_avg_sq": optimizer.like(parameter)}
 

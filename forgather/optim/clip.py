@@ -4,12 +4,12 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from forgather.distributed.collectives import sum_ranks, world_size
 from forgather.distributed.holders import counts_here
 from forgather.distributed.mesh import Mesh
 from forgather.errors import ConfigError
+from forgather.tensor_boxes import local_part
 
 # Up to here PyTorch's fp32 norm on a CPU is off by less than 3e-7; beyond, it adds up a long line of squares (1e-5 at
 # a million), and shards would have another norm than the whole.
@@ -42,7 +42,7 @@ class GradientClip:
         one that comes first along every axis that replicates it. The same gradients have the same norm to 1e-6,
         whatever their shards.
         """
-        square = sum_of_squares([_local(p.grad) for p in self.counted if p.grad is not None], riding.device)
+        square = sum_of_squares([local_part(p.grad) for p in self.counted if p.grad is not None], riding.device)
         if world_size() == 1:
             return square.sqrt().float(), riding
         both = sum_ranks(torch.stack([square, riding.to(square.dtype)]))
@@ -52,7 +52,7 @@ class GradientClip:
         """Scale the gradients in place so that their norm is at most `max_norm`."""
         if self.max_norm is None:
             return
-        gradients = [_local(p.grad) for p in self.parameters if p.grad is not None]
+        gradients = [local_part(p.grad) for p in self.parameters if p.grad is not None]
         # The same arithmetic as torch.nn.utils.clip_grad_norm_, so that the same gradients come out.
         torch._foreach_mul_(gradients, (self.max_norm / (norm + 1e-6)).clamp(max=1.0))
 
@@ -70,7 +70,3 @@ def sum_of_squares(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
         norms.append(torch.linalg.vector_norm(flat[:end].view(-1, _LINE), dim=1))
         norms.append(torch.linalg.vector_norm(flat[end:]))
     return torch.cat([norm.reshape(-1) for norm in norms]).double().square_().sum()
-
-
-def _local(gradient: Tensor) -> Tensor:
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient

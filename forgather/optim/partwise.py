@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from forgather.errors import ConfigError
 from forgather.optim.rounding import Rounding
-from forgather.tensor_boxes import local_box
+from forgather.tensor_boxes import local_box, local_part
 
 Groups = Iterable[dict[str, Any]]
 StateDtype = str  # "fp32" or "parameter"
@@ -51,11 +51,11 @@ class Part:
 
     def local_state(self, key: str) -> Tensor:
         """The local part of a state that is laid out like the parameter."""
-        return local(self.state[key])
+        return local_part(self.state[key])
 
     def flat_state(self, key: str) -> Tensor:
         """The same, flat."""
-        return local(self.state[key]).view(-1)
+        return local_part(self.state[key]).view(-1)
 
 
 class PartwiseOptimizer(Optimizer):
@@ -122,7 +122,7 @@ class PartwiseOptimizer(Optimizer):
                 continue
             if not self.state[parameter]:
                 self.state[parameter] = self.new_state(group, parameter)
-            yield Part(name, parameter, local(parameter), local(parameter.grad), self.state[parameter])
+            yield Part(name, parameter, local_part(parameter), local_part(parameter.grad), self.state[parameter])
 
 
 def _check_ranges(group: Mapping[str, Any]) -> None:
@@ -140,11 +140,6 @@ def _check_ranges(group: Mapping[str, Any]) -> None:
         raise ConfigError(
             "the optimizer's nesterov is true, but its momentum is 0", fix="use nesterov: false, or momentum: 0.9"
         )
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of `tensor`, sharing its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def laid_out(part: Tensor, parameter: Tensor, shape: torch.Size, placements: Iterable[Placement]) -> Tensor:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from forgather.distributed.collectives import sum_ranks, world_size
@@ -19,6 +18,7 @@ from forgather.distributed.mesh import Mesh
 from forgather.distributed.mixed_precision import Precision
 from forgather.errors import ConfigError
 from forgather.optim.clip import sum_of_squares
+from forgather.tensor_boxes import local_part
 
 
 class FusedBackward:
@@ -74,7 +74,7 @@ class FusedBackward:
     def _apply(self, parameter: Tensor) -> None:
         gradient = parameter.grad
         assert gradient is not None, "autograd calls this when a gradient is there"
-        square = sum_of_squares([gradient.to_local() if isinstance(gradient, DTensor) else gradient], self.device)
+        square = sum_of_squares([local_part(gradient)], self.device)
         if parameter in self._counted:
             self._square += square
         if self.flag is not None:

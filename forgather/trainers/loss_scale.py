@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from forgather.errors import ConfigError
+from forgather.tensor_boxes import local_part
 
 
 class LossScale:
@@ -34,7 +34,7 @@ class LossScale:
 
     def unscale(self, gradients: Iterable[Tensor]) -> None:
         """Divide gradients by the factor, in place; plain tensors and DTensors may be mixed."""
-        local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+        local = [local_part(gradient) for gradient in gradients]
         if local:
             torch._foreach_mul_(local, self.factor.reciprocal())
 

@@ -6,7 +6,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from forgather.checkpoint.state import TrainState
@@ -15,6 +14,7 @@ from forgather.distributed.holders import counts_here
 from forgather.distributed.mesh import Mesh
 from forgather.errors import ConfigError
 from forgather.optim.clip import sum_of_squares
+from forgather.tensor_boxes import local_part
 from forgather.trainers.events import Started, StepEnded
 from forgather.trainers.interval import Interval
 
@@ -82,7 +82,7 @@ class Norms:
     def _square(self, of: Of, group: Sequence[Tensor]) -> Tensor:
         chosen = group if of == "parameters" else [p.grad for p in group if p.grad is not None]
         with torch.no_grad():
-            return sum_of_squares([_local(tensor) for tensor in chosen], self.device)
+            return sum_of_squares([local_part(tensor) for tensor in chosen], self.device)
 
 
 def _find(pattern: str, names: Sequence[str]) -> list[str]:
@@ -99,7 +99,3 @@ def _find(pattern: str, names: Sequence[str]) -> list[str]:
             fix=f"names are like {', '.join(names[:4])}",
         )
     return found
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -6,20 +6,19 @@ Two meshes are compared by these readings (`trainers.parity`). Every rank runs t
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from forgather.data.batch import Batch
 from forgather.distributed.collectives import gather_objects, rank, sum_ranks, world_size
 from forgather.metrics.step_result import StepResult
-from forgather.tensor_boxes import local_box
+from forgather.tensor_boxes import local_box, local_part
 
 Kind = Literal["targets", "loss", "gradient", "grad_norm", "parameter"]
 Array = NDArray[np.float64] | NDArray[np.float32]
@@ -173,8 +172,7 @@ def assemble_pieces(pieces: Sequence[Piece]) -> tuple[Array | None, float]:
 
 def _piece(tensor: Tensor) -> Piece:
     offsets, _ = local_box(tensor)
-    local: Any = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    values = local.detach().cpu()
+    values = local_part(tensor).detach().cpu()
     # numpy has no bfloat16, and fp32 holds every value of the shorter types.
     values = values if values.dtype == torch.float64 else values.float()
     return Piece(tuple(tensor.shape), tuple(offsets), values.numpy())

@@ -18,7 +18,7 @@ from forgather.checkpoint.state import TrainState
 from forgather.distributed.collectives import gather_objects, world_size
 from forgather.errors import TrainingError
 from forgather.metrics.meter import Meter
-from forgather.tensor_boxes import Box, local_box
+from forgather.tensor_boxes import Box, local_box, local_part
 from forgather.trainers.events import Finished, Outcome, StepEnded
 from forgather.trainers.interval import Interval
 
@@ -88,8 +88,7 @@ def compare(hashes: dict[_Key, int]) -> list[str]:
 
 def hash_tensor(tensor: Tensor) -> int:
     """A hash of the bits of this rank's part of `tensor`."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    on_host = local.detach().cpu().contiguous()
+    on_host = local_part(tensor).detach().cpu().contiguous()
     return xxhash.xxh3_64_intdigest(on_host.reshape(-1).view(torch.uint8).numpy().data)
 
 

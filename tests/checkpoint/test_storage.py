@@ -13,8 +13,9 @@ from forgather.checkpoint.commit import merge
 from forgather.checkpoint.layout import read_layout, write_layout
 from forgather.checkpoint.part import read_part, write_part
 from forgather.checkpoint.plan import held, make_plan
-from forgather.checkpoint.storage import local_part, raw_bytes, read_into, read_tensor
+from forgather.checkpoint.storage import raw_bytes, read_into, read_tensor
 from forgather.distributed.collectives import barrier, rank, world_size
+from forgather.tensor_boxes import local_part
 from tests.ranks import RankPool
 
 SHAPES = [(), (1,), (7,), (5, 3), (4, 6, 2), (0, 3)]

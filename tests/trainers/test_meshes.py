@@ -185,3 +185,11 @@ def test_twenty_steps_are_equal_on_up_to_eight_ranks(tied):
             for axes in meshes:
                 accumulate = 1 if ranks == 8 else 2
                 assert_equal(pool.run(train, axes, tied=tied, accumulate=accumulate, steps=20, lr=1e-3), expected)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("prefetch", -1), ("prefetch", True), ("reshard_after_forward", "sometimes")]
+)
+def test_a_value_that_means_nothing_to_fsdp_is_refused(option, value):
+    with pytest.raises(DistributedError, match=rf"fsdp\.{option} is {value!r}"):
+        fsdp.FsdpOptions(**{option: value})
