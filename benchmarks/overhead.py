@@ -107,7 +107,7 @@ class Ours:
     def segment(self, steps: int) -> tuple[float, list[float]]:
         self.losses.clear()
         self.ends.clear()
-        self.trainer.steps += steps
+        self.trainer.asked_steps += steps
         self.trainer.run()
         return self.ends[-1] - self.ends[0], [loss.item() for loss in self.losses]
 
