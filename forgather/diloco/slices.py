@@ -27,7 +27,7 @@ def covering_ranges(shape: Sequence[int], part: Slice, block: int) -> list[tuple
 
     Each begins at a multiple of `block`, and ends at one or at the end of the tensor; neighbours that touch are one.
     """
-    starts, length = _runs(shape, part)
+    starts, length = runs(shape, part)
     if not length or not len(starts):
         return []
     first = starts // block * block
@@ -39,15 +39,8 @@ def covering_ranges(shape: Sequence[int], part: Slice, block: int) -> list[tuple
     return [(int(first[begin]), int(last[end])) for begin, end in zip(begins, ends, strict=True)]
 
 
-def runs_within(shape: Sequence[int], part: Slice, start: int, stop: int) -> tuple[list[int], int]:
-    """Where the contiguous runs of the slice begin that lie in elements start .. stop, and how long each run is."""
-    starts, length = _runs(shape, part)
-    inside = starts[np.searchsorted(starts, start) : np.searchsorted(starts, stop)]
-    return inside.tolist(), length
-
-
-def _runs(shape: Sequence[int], part: Slice) -> tuple[np.ndarray, int]:
-    """Where in the row-major whole the contiguous runs of a slice begin, ascending, and the length of each."""
+def runs(shape: Sequence[int], part: Slice) -> tuple[np.ndarray, int]:
+    """Where in the row-major whole the contiguous runs of a slice begin, ascending, and how long each of them is."""
     whole_from = len(shape)  # dimensions from here on are taken whole, so their elements are one run
     while whole_from > 0 and part.sizes[whole_from - 1] == shape[whole_from - 1]:
         whole_from -= 1
@@ -137,7 +130,9 @@ class Holdings:
             flat = torch.cat(tensors)
             dist.broadcast(flat, src=owner, group=self.groups[ranks])
             if rank() != owner:
-                for tensor, received in zip(tensors, flat.split([each.numel() for each in tensors]), strict=True):
+                for tensor, received in zip(
+                    tensors, torch.split(flat, [each.numel() for each in tensors]), strict=True
+                ):
                     tensor.copy_(received)
 
 
@@ -159,7 +154,7 @@ def _make_groups(holders: Iterable[Sequence[int]]) -> dict[tuple[int, ...], dist
         if len(ranks) == world_size():
             groups[ranks] = None
             continue
-        group = dist.new_group(list(ranks))  # type: ignore[no-untyped-call]
+        group = dist.new_group(list(ranks))
         groups[ranks] = group if isinstance(group, dist.ProcessGroup) else None  # ranks outside get a placeholder
     return groups
 

@@ -1,13 +1,13 @@
 """Slices are covered by whole blocks, and of the ranks that hold a box one speaks for it."""
 
-from itertools import product
+from itertools import pairwise, product
 from math import prod
 
 import pytest
 import torch
 
 from forgather.diloco.messages import Slice
-from forgather.diloco.slices import covering_ranges, runs_within
+from forgather.diloco.slices import covering_ranges, runs
 
 CASES = [
     ((), (), ()),
@@ -37,7 +37,7 @@ def test_ranges_cover_the_slice_with_whole_blocks_and_no_block_without_an_elemen
     covered = {number for start, stop in ranges for number in range(start, stop)}
     assert wanted <= covered
     assert all(start % block == 0 and (stop % block == 0 or stop == prod(shape)) for start, stop in ranges)
-    assert all(before[1] < after[0] for before, after in zip(ranges, ranges[1:], strict=False))
+    assert all(before[1] < after[0] for before, after in pairwise(ranges))
     blocks = {number // block for number in wanted}
     assert {number // block for number in covered} == blocks
 
@@ -45,7 +45,7 @@ def test_ranges_cover_the_slice_with_whole_blocks_and_no_block_without_an_elemen
 @pytest.mark.parametrize("case", CASES)
 def test_runs_are_the_elements_of_the_slice_in_their_order(case):
     shape, part = case[0], Slice("w", *case[1:])
-    starts, length = runs_within(shape, part, 0, prod(shape))
+    starts, length = runs(shape, part)
     assert [start + step for start in starts for step in range(length)] == elements(shape, part).tolist()
 
 

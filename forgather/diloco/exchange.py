@@ -1,0 +1,346 @@
+"""The exchange of one fragment on one rank: bring what was learned, wait for the new values, take them in.
+
+It runs in a thread of its own and calls no collective. Ranks of a worker may hear different things (a round can be
+closed between their parts), so the training thread lets them agree, and `move_to` says what was agreed.
+
+    bringing    PUT, until it is accepted for the round; where that is closed, for the open one, as differences
+    waiting     POST values, until there is a version of at least round + 1
+    there       the new values are in `values`, verified, and are those of `version`
+
+After a lost connection to a server that may have forgotten it, it is brought again: it counts once.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from forgather.checkpoint.storage import raw_bytes
+from forgather.diloco.client import Answer, UnknownWorkerError, UnreachableError
+from forgather.diloco.codec import BLOCK, Codec, codec
+from forgather.diloco.local_fragment import LocalFragment, Numbers, Part, digest_of
+from forgather.diloco.membership import Backoff, Membership
+from forgather.diloco.messages import Closed, Slice, Version, WantValues
+from forgather.diloco.slices import covering_ranges, runs
+from forgather.errors import DistributedError, TrainingError
+
+WAIT_S = 20.0  # that one request for values waits at the server
+_ATTEMPTS = 3  # to get values that are what their digests say
+
+Kind = TypeVar("Kind")
+# Makes this rank's part of the contribution for a round; with True as differences, whatever the codec would send.
+Encode = Callable[[int, bool], Part]
+
+
+class Exchange:
+    """One exchange of `fragment`, in its round `round`; its thread begins with it.
+
+    `parts` is what this rank brings, where that was encoded before a restart; else `encode` makes its part. Without
+    both, values of at least version `at_least` are fetched, and with nothing to fetch either the rank is an onlooker.
+    """
+
+    def __init__(
+        self,
+        fragment: LocalFragment,
+        membership: Membership,
+        round: int,
+        *,
+        at_least: int | None = None,
+        parts: Sequence[Part] = (),
+        encode: Encode | None = None,
+        is_async: bool = False,
+    ) -> None:
+        self.fragment = fragment
+        self.round = round
+        self.parts = list(parts)
+        self.values: Numbers = fragment.room()
+        self.version: Version | None = None  # of `values`, once they are there
+        self.durable = 0
+        self.failure: Exception | None = None
+        self.is_encoded = bool(parts) or encode is None
+        self.is_onlooker = not fragment.owned and not parts
+        self._membership = membership
+        self._at_least = round + 1 if at_least is None else at_least
+        self._encode = None if self.is_onlooker else encode
+        self._is_async = is_async
+        self._accepted: tuple[int, int] | None = None  # for which round, and how often we had registered then
+        self._changed = threading.Condition()
+        self._is_closed = False
+        self._is_asking = False
+        self._lost_at: float | None = None
+        self._backoff = Backoff()
+        self._takes_change = fragment.version is not None
+        self._num_unsound = 0
+        self._client = membership.borrow()
+        self._thread = threading.Thread(target=self._run, name=f"diloco exchange {fragment.number}", daemon=True)
+        if not self.is_onlooker:
+            self._thread.start()
+
+    @property
+    def number(self) -> int | None:
+        """The number of the version whose values are there; None as long as none are. Onlookers have number 0."""
+        with self._changed:
+            if self.is_onlooker:
+                return 0
+            return None if self.version is None else self.version.number
+
+    @property
+    def is_delivered(self) -> bool:
+        """Whether the server has this rank's parts of the round that the exchange is in."""
+        with self._changed:
+            return self.is_encoded and (not self.parts or self._is_accepted)
+
+    @property
+    def away_s(self) -> float:
+        """For how long the server has not been reached."""
+        lost_at = self._lost_at
+        return 0.0 if lost_at is None else time.monotonic() - lost_at
+
+    def move_to(self, round: int, at_least: int) -> None:
+        """The worker is in round `round` and takes a version of `at_least`, as another of its ranks has heard."""
+        with self._changed:
+            has_moved = round > self.round
+            self.round = max(round, self.round)
+            self._at_least = max(self._at_least, at_least, self.round + 1 if has_moved else 0)
+            is_short = self.version is not None and self.version.number < self._at_least
+            if has_moved or is_short:
+                self.version = None
+                if self._is_asking:
+                    self._client.interrupt()
+                self._changed.notify_all()
+
+    def wait(self, timeout_s: float) -> None:
+        """Return when the values are there or something went wrong, or after a while."""
+        with self._changed:
+            if self.version is None and self.failure is None:
+                self._changed.wait(timeout_s)
+
+    def wait_until_encoded(self) -> None:
+        """Return when anchor, residual and parts fit together."""
+        with self._changed:
+            while not self.is_encoded and self.failure is None:
+                self._changed.wait()
+
+    def close(self) -> None:
+        """End it, whatever it is doing."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+            is_done = self.version is not None or self.is_onlooker
+        if not is_done:
+            self._client.abort()
+        if self._thread.ident is not None:
+            self._thread.join()
+        self._membership.give_back(self._client)
+
+    def _run(self) -> None:
+        try:
+            with torch.no_grad():
+                self._make_part()
+                while self._has_work():
+                    if self.parts and not self._is_accepted:
+                        self._bring()
+                    elif self.fragment.owned:
+                        self._fetch()
+                    else:
+                        self._see_nothing()
+        except Exception as error:  # noqa: BLE001  raised by the training thread, on all ranks
+            with self._changed:
+                self.failure = None if self._is_closed else error
+                self._changed.notify_all()
+
+    def _make_part(self) -> None:
+        if not self.is_encoded:
+            assert self._encode is not None, "what is not encoded can be"
+            part = self._encode(self.round, self._is_async)
+            with self._changed:
+                self.parts = [part]
+                self.is_encoded = True
+                self._changed.notify_all()
+
+    def _has_work(self) -> bool:
+        """Wait while the values are there; False when it is over."""
+        with self._changed:
+            while self.version is not None and not self._is_closed:
+                self._changed.wait()
+            return not self._is_closed
+
+    @property
+    def _is_accepted(self) -> bool:
+        # Whoever had to register again may have been forgotten with all that was brought before.
+        return self._accepted == (self.round, self._membership.times)
+
+    def _bring(self) -> None:
+        """Bring the parts for the round that it is in; whoever calls looks whether that was enough."""
+        with self._changed:
+            round = self.round
+        for part in [each.moved_to(round) for each in self.parts]:
+            answer = self._persist(lambda part=part: self._send(part), round)  # type: ignore[misc]
+            if answer is None:
+                return
+            if isinstance(answer, Closed):
+                self._readdress(answer.open, round)
+                return
+        with self._changed:
+            self._accepted = (round, self._membership.times)
+            self._changed.notify_all()
+
+    def _send(self, part: Part) -> object:
+        return self._client.send(part.identity, part.header, raw_bytes(part.payload))
+
+    def _readdress(self, open: Version, round: int) -> None:
+        """Its round was closed without it, or is not open yet: the server came back from an older state."""
+        older = [part for part in self.fragment.kept if part.identity.round < round]
+        if older and (open.number < round or self._is_async):
+            for part in older:
+                self._persist(lambda part=part: self._send(part), round)  # type: ignore[misc]
+            self._pause()
+            return
+        if any(part.header.content == "values" for part in self.parts):
+            if self._encode is None:
+                raise DistributedError(
+                    f"the contribution to round {round} of fragment {self.fragment.number} was made on another mesh, "
+                    "and the server wants it as differences",
+                    fix="start the worker on the mesh that its newest checkpoint was saved on",
+                )
+            self.parts = [self._encode(open.number, True)]
+        elif open.number == round:
+            self._pause()
+        with self._changed:
+            self.round = open.number
+            self._at_least = open.number + 1
+
+    def _fetch(self) -> None:
+        """Ask for the values once."""
+        with self._changed:
+            at_least, round = self._at_least, self.round
+            self._is_asking = True
+        have = self.fragment.version if self._takes_change else None
+        try:
+            with self._client.values(
+                self.fragment.number, WantValues(self.fragment.slices, at_least, have, WAIT_S)
+            ) as answer:
+                self._found()
+                if answer is None:
+                    return
+                is_sound = self._read(answer)
+                version, durable = answer.header.version, answer.header.durable
+        except UnknownWorkerError:
+            self._persist(lambda: self._membership.register(self._client, self._membership.times), round)
+            return
+        except UnreachableError as error:
+            self._lose(error, round)
+            return
+        finally:
+            with self._changed:
+                self._is_asking = False
+        if not is_sound:
+            self._takes_change = False  # the values themselves will tell which of us is wrong
+            self._num_unsound += 1
+            if self._num_unsound >= _ATTEMPTS:
+                raise TrainingError(
+                    f"the values of fragment {self.fragment.number} were not what the server's digests say, "
+                    f"{_ATTEMPTS} times in a row",
+                    fix="look for failing memory on this machine, on the server, or on what is between them",
+                )
+            return
+        with self._changed:
+            if version.number >= self._at_least:
+                self.version, self.durable = version, durable
+                self._changed.notify_all()
+
+    def _lose(self, error: UnreachableError, round: int) -> None:
+        """The connection is gone, and with it perhaps the server that was brought something."""
+        with self._changed:
+            if self._is_closed or self.round != round:
+                return  # it was given up on purpose
+        self._missed(error)
+        self._pause()
+        registered = self._persist(lambda: self._membership.register(self._client), round)
+        if registered is not None and registered.versions[self.fragment.number].number <= round:
+            with self._changed:
+                self._accepted = None
+
+    def _see_nothing(self) -> None:
+        """Parts of another mesh were brought by a rank that owns nothing of the fragment on this one."""
+        with self._changed:
+            self.version = Version(0, "")
+            self._changed.notify_all()
+
+    def _read(self, answer: Answer) -> bool:
+        """Fill `values`; whether they are what the digests say."""
+        header = answer.header
+        if len(header.digests) != len(self.fragment.owned) or (header.content == "change" and not self._takes_change):
+            raise DistributedError(
+                "the server's answer is not what was asked for",
+                fix="install the same version of forgather on all machines",
+            )
+        decoder = codec(header.codec)
+        is_sound = True
+        for holding, digest in zip(self.fragment.owned, header.digests, strict=True):
+            out = self.values[holding.slice.name]
+            if header.content == "change":
+                read_change(answer, decoder, holding.shape, holding.slice, out)
+                out.add_(self.fragment.anchor[holding.slice.name])
+            else:
+                answer.read_into(raw_bytes(out))
+            is_sound = digest_of(out) == digest and is_sound
+        return is_sound
+
+    def _persist(self, call: Callable[[], Kind], round: int) -> Kind | None:
+        """What `call` gives, however often the network fails; None when it is over, or the round another."""
+        num_unknown = 0
+        while True:
+            with self._changed:
+                if self._is_closed or self.round != round:
+                    return None
+            try:
+                given = call()
+            except UnreachableError as error:
+                self._missed(error)
+            except UnknownWorkerError:
+                num_unknown += 1
+                if num_unknown > _ATTEMPTS:
+                    raise
+                self._register_again()
+            else:
+                self._found()
+                return given
+            self._pause()
+
+    def _register_again(self) -> None:
+        try:
+            self._membership.register(self._client, self._membership.times)
+        except UnreachableError as error:
+            self._missed(error)
+
+    def _found(self) -> None:
+        self._lost_at = None
+        self._backoff.reset()
+
+    def _missed(self, error: UnreachableError) -> None:
+        if error.is_there:
+            self._lost_at = None
+        else:
+            self._lost_at = self._lost_at or time.monotonic()
+
+    def _pause(self) -> None:
+        with self._changed:
+            if not self._is_closed:
+                self._changed.wait(self._backoff.next_s())
+
+
+def read_change(answer: Answer, decoder: Codec, shape: Sequence[int], part: Slice, out: Tensor) -> None:
+    """Fill `out` with the elements of a slice, out of the encoded ranges of its parameter that cover it."""
+    starts, length = runs(shape, part)
+    done = 0
+    for start, stop in covering_ranges(shape, part, BLOCK):
+        encoded = torch.empty(decoder.encoded_bytes(stop - start), dtype=torch.uint8)
+        answer.read_into(raw_bytes(encoded))
+        for run in starts[np.searchsorted(starts, start) : np.searchsorted(starts, stop)].tolist():
+            decoder.decode(encoded, stop - start, out[done : done + length], run - start)
+            done += length

@@ -1,0 +1,177 @@
+"""One fragment on one rank: the values it began with, what a codec has lost, and how new values enter the parameters.
+
+All numbers that are exchanged are fp32 and on the CPU, in one run of memory a fragment; parameters may be on a device
+or in bf16. Only slices that this rank owns are kept; who else holds them is given the result.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import xxhash
+from torch import Tensor
+
+from forgather.checkpoint.storage import raw_bytes
+from forgather.diloco.codec import codec
+from forgather.diloco.messages import Content, Contribution, Identity, Slice, Version
+from forgather.diloco.slices import Holding, Holdings
+from forgather.errors import TrainingError
+
+
+@dataclass
+class Part:
+    """One part of a contribution as it is sent, and sent again as long as it could be needed."""
+
+    identity: Identity
+    header: Contribution
+    payload: Tensor  # bytes
+
+    def moved_to(self, round: int) -> "Part":
+        """The same for another round."""
+        own = self.identity
+        return Part(Identity(own.worker, round, own.fragment, own.part), self.header, self.payload)
+
+
+class Numbers:
+    """Flat fp32 memory with a view for each slice, by name."""
+
+    def __init__(self, holdings: Sequence[Holding], *, is_pinned: bool = False) -> None:
+        sizes = [holding.slice.numel for holding in holdings]
+        self.flat = torch.zeros(sum(sizes), pin_memory=is_pinned)
+        self.views = {
+            holding.slice.name: view for holding, view in zip(holdings, torch.split(self.flat, sizes), strict=True)
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.views[name]
+
+
+class LocalFragment:
+    """What this rank has of fragment `number`, whose parameters are called `names`."""
+
+    def __init__(self, number: int, names: Sequence[str], holdings: Holdings, *, upload: str) -> None:
+        self.number = number
+        self.upload = upload
+        self.holdings = holdings
+        self.held = holdings.of(names)
+        self.owned = [holding for holding in self.held if holding.is_owned]
+        self.part, self.num_parts = holdings.part_of(names)
+        self.anchor = self.room()
+        # What the codec lost; fp32 loses nothing.
+        self.residual = None if upload == "fp32" else Numbers(self.owned)
+        self.version: Version | None = None  # of the anchor; ranks that own nothing of it do not know it
+        self.kept: list[Part] = []  # sent, and not in a durable version as far as is known
+
+    @property
+    def slices(self) -> list[Slice]:
+        """What this rank sends and asks for."""
+        return [holding.slice for holding in self.owned]
+
+    def room(self) -> Numbers:
+        """Memory for a value of each number that this rank owns."""
+        is_on_device = any(holding.local.device.type == "cuda" for holding in self.owned)
+        return Numbers(self.owned, is_pinned=is_on_device)
+
+    @torch.no_grad()
+    def snapshot(self) -> Numbers:
+        """The parameters as they are now."""
+        taken = self.room()
+        for holding in self.owned:
+            taken[holding.slice.name].copy_(holding.local.reshape(-1), non_blocking=True)
+        self._wait_for_copies()
+        return taken
+
+    def _wait_for_copies(self) -> None:
+        for device in {holding.local.device for holding in self.owned if holding.local.device.type != "cpu"}:
+            torch.get_device_module(device).synchronize(device)
+
+    @torch.no_grad()
+    def require_finite(self, local: Numbers) -> None:
+        """TrainingError, naming the parameter, unless all numbers are finite."""
+        for name, view in local.views.items():
+            if not bool(torch.isfinite(view).all()):
+                raise TrainingError(
+                    f"{name} has numbers that are not finite, and they are not sent to the server",
+                    fix="see which step made them: lower the learning rate, or clip gradients; the run's newest "
+                    "checkpoint is from before it was stopped",
+                )
+
+    @torch.no_grad()
+    def encode(self, local: Numbers, identity: Identity, content: Content, *, tokens: int, steps: int) -> Part:
+        """The part of a contribution that says how far `local` is from the anchor; the residual takes the losses.
+
+        What counts as the beginning is the anchor as the parameters have it: of bf16 ones its rounding would otherwise
+        be sent as if it had been learned.
+        """
+        assert self.version is not None, "differences are from a version"
+        encoder = codec(self.upload)
+        lengths = [encoder.encoded_bytes(holding.slice.numel) for holding in self.owned]
+        payload = torch.zeros(sum(lengths), dtype=torch.uint8)
+        scratch = torch.empty(max((holding.slice.numel for holding in self.owned), default=0))
+        for holding, out in zip(self.owned, torch.split(payload, lengths), strict=True):
+            name = holding.slice.name
+            values = scratch[: holding.slice.numel]
+            torch.sub(self._begun_with(holding), local[name], out=values)
+            if content == "values":
+                # Of an fp32 parameter its value itself: a difference and back is not exact.
+                is_exact = holding.local.dtype == torch.float32
+                values = local[name] if is_exact else torch.sub(self.anchor[name], values, out=values)
+            encoder.encode(values, out, None if self.residual is None else self.residual[name])
+        header = Contribution(
+            base=self.version,
+            content=content,
+            codec=self.upload,
+            slices=self.slices,
+            digest=digest_of(payload),
+            parts=self.num_parts,
+            tokens=tokens,
+            steps=steps,
+        )
+        return Part(identity, header, payload)
+
+    def _begun_with(self, holding: Holding) -> Tensor:
+        anchor = self.anchor[holding.slice.name]
+        dtype = holding.local.dtype
+        return anchor if dtype == torch.float32 else anchor.to(dtype).float()
+
+    @torch.no_grad()
+    def take(self, new: Numbers, sent: Numbers | None, alpha: float) -> None:
+        """Let `new` be the anchor, and enter the parameters. Collective over the ranks that share parameters.
+
+        With `sent`, what the parameters were when they were sent, `alpha` of the progress since then is kept on top;
+        without, they become the new values exactly.
+        """
+        results: dict[str, Tensor] = {}
+        for holding in self.owned:
+            name = holding.slice.name
+            values = new[name]
+            if sent is not None:
+                progress = holding.local.reshape(-1).float().sub_(sent[name].to(holding.local.device))
+                values = values.to(holding.local.device).add(progress, alpha=alpha)
+            if len(holding.holders) > 1:
+                results[name] = values.cpu()
+            holding.local.copy_(values.view(holding.slice.sizes), non_blocking=True)
+        others = [holding for holding in self.held if not holding.is_owned]
+        results |= {holding.slice.name: torch.empty(holding.slice.numel) for holding in others}
+        self.holdings.share(self.held, results)
+        for holding in others:
+            holding.local.copy_(results[holding.slice.name].view(holding.slice.sizes))
+        self._wait_for_copies()
+        self.anchor = new
+
+    def forget(self, durable: int) -> None:
+        """The server has versions up to `durable` on its disk: what made them is not needed again."""
+        self.kept = [part for part in self.kept if part.identity.round >= durable]
+
+
+def digest_of(tensor: Tensor) -> str:
+    """xxh3-64, in hex, of the bytes of a contiguous tensor on the CPU."""
+    return xxhash.xxh3_64_hexdigest(raw_bytes(tensor))
+
+
+def keep(parts: Sequence[Part], fragments: Mapping[int, LocalFragment]) -> None:
+    """Put the parts where they are kept until a durable version has them; one of the same round takes its place."""
+    for part in parts:
+        fragment = fragments[part.identity.fragment]
+        others = [each for each in fragment.kept if each.identity != part.identity]
+        fragment.kept = sorted([*others, part], key=lambda each: (each.identity.round, each.identity.part))
