@@ -204,7 +204,7 @@ class Contribution:
     parts: int = 1
     tokens: int = 1  # the weight in the mean; the same in all parts
     steps: int = 1
-    consumed: Mapping[str, int] = field(default_factory=dict)  # rows of work units that this holds: unit -> rows
+    consumed: Mapping[str, int] = field(default_factory=dict)  # rows of the run in it: first row -> how many
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"base": self.base.to_json(), "slices": [each.to_json() for each in self.slices]}
