@@ -1,0 +1,179 @@
+"""A fragment's numbers on the server: the master values, the published ones, and the change that led to these.
+
+All workers have the published values, bit for bit; the outer optimizer moves the master ones. An answer is streamed
+from these tensors, no copy of the model is made for it: when a new version takes their place an answer under way is
+broken off, and the worker asks again.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+import xxhash
+from torch import Tensor
+
+from forgather.checkpoint.storage import raw_bytes
+from forgather.diloco.codec import BLOCK
+from forgather.diloco.combine import Change
+from forgather.diloco.contribution import require_slices
+from forgather.diloco.messages import Slice, Values, Version, WantValues, pack_header
+from forgather.diloco.pieces import box_of, pieces
+from forgather.diloco.slices import covering_ranges
+
+_BATCH_BYTES = 1 << 20
+
+
+class ChangedError(Exception):
+    """The values have changed while they were sent."""
+
+
+class FragmentValues:
+    """Master and published fp32 values of some parameters, which begin as `values`.
+
+    With `download` fp32 there is no change: values go down.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor], version: Version, download: str) -> None:
+        self.master = {name: tensor.detach().contiguous() for name, tensor in values.items()}
+        self.published = {name: tensor.clone() for name, tensor in self.master.items()}
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in values.items()}
+        self.change = None if download == "fp32" else Change(self.shapes, download)
+        self.changed_from: Version | None = None  # what the change leads from, to `version`
+        self.version = version
+        self.durable = version.number
+        self.generation = 0  # of the published values
+        self.change_generation = 0
+        self.is_moving = False  # the published values are being moved to the next version
+        self._digests: dict[Slice, str] = {}
+
+    @property
+    def numel(self) -> int:
+        return sum(prod(shape) for shape in self.shapes.values())
+
+    @property
+    def generations(self) -> tuple[int, int]:
+        """They tell whoever reads without a lock that something has changed."""
+        return self.generation, self.change_generation
+
+    def begin(self) -> None:
+        """The master values, and the change, are about to be of the next version."""
+        self.changed_from = None
+        self.change_generation += 1
+
+    def move_begins(self) -> None:
+        """From here on nobody reads the published values, before `moved`."""
+        self.is_moving = True
+        self.generation += 1
+
+    @torch.no_grad()
+    def move(self) -> None:
+        """Bring the published values to what the outer step has made. In a thread of its own."""
+        if self.change is not None:
+            self.change.apply(self.published)
+            return
+        for name, values in self.published.items():
+            values.copy_(self.master[name])
+
+    def moved(self, version: Version, changed_from: Version | None) -> None:
+        """They are those of `version`."""
+        self._digests.clear()
+        self.version, self.is_moving = version, False
+        self.changed_from = changed_from if self.change is not None else None
+
+    def require(self, want: WantValues) -> None:
+        """ProtocolError (422) unless the slices are of this fragment."""
+        require_slices(want.slices, self.shapes)
+
+    def digest(self, each: Slice) -> str:
+        """xxh3-64 of a slice's published values, computed once a version."""
+        known = self._digests.get(each)
+        if known is None:
+            digest, generation = xxhash.xxh3_64(), self.generation
+            for _, piece in pieces(box_of(self.published[each.name], each)):
+                digest.update(raw_bytes(piece.contiguous()))
+            known = digest.hexdigest()
+            if generation == self.generation:
+                self._digests[each] = known
+        return known
+
+    def answer(self, want: WantValues) -> "Answer":
+        """What to send for `want` now. Computes digests: not for the event loop's thread."""
+        generation, version, changed_from = self.generations, self.version, self.changed_from
+        digests = [self.digest(each) for each in want.slices]
+        is_change = self.change is not None and want.have is not None and want.have == changed_from
+        header = Values(
+            version,
+            "change" if is_change else "values",
+            self.change.codec.name if is_change and self.change is not None else "fp32",
+            digests,
+            self.durable,
+        )
+        ranges = [covering_ranges(self.shapes[each.name], each, BLOCK) for each in want.slices] if is_change else None
+        return Answer(self, generation, pack_header(header.to_json()), want.slices, ranges)
+
+
+@dataclass
+class Answer:
+    """The frame of an answer. Its blocks are to be made on the thread on which versions change."""
+
+    values: FragmentValues
+    generations: tuple[int, int]  # of the values and the change, as they were
+    head: bytes
+    slices: Sequence[Slice]
+    ranges: Sequence[Sequence[tuple[int, int]]] | None  # of a change: which of each parameter's elements cover a slice
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the whole body."""
+        if self.ranges is None:
+            return len(self.head) + sum(4 * each.numel for each in self.slices)
+        encoder = self._change.codec
+        return len(self.head) + sum(
+            encoder.encoded_bytes(stop - start) for ranges in self.ranges for start, stop in ranges
+        )
+
+    def blocks(self) -> Iterator[bytes]:
+        """The body, about a MiB at a time. ChangedError when the values have changed meanwhile."""
+        batch = bytearray(self.head)
+        for view in self._views():
+            if not self.is_current:
+                raise ChangedError
+            if not batch and view.nbytes >= _BATCH_BYTES:
+                yield bytes(view)
+                continue
+            batch += view
+            if len(batch) >= _BATCH_BYTES:
+                yield bytes(batch)
+                batch.clear()
+        if batch:
+            yield bytes(batch)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether what it is made of is still what it was."""
+        published, change = self.values.generations
+        return self.generations[0] == published and (self.ranges is None or self.generations[1] == change)
+
+    def _views(self) -> Iterator[memoryview]:
+        if self.ranges is None:
+            for each in self.slices:
+                for _, piece in pieces(box_of(self.values.published[each.name], each)):
+                    yield raw_bytes(piece.contiguous())
+            return
+        encoder = self._change.codec
+        for each, ranges in zip(self.slices, self.ranges, strict=True):
+            encoded, numel = self._change.of(each.name), self._change.numels[each.name]
+            for start, stop in ranges:
+                cut = encoded
+                if (start, stop) != (0, numel):
+                    cut = torch.empty(encoder.encoded_bytes(stop - start), dtype=torch.uint8)
+                    encoder.cut(encoded, numel, start, stop, cut)
+                data = raw_bytes(cut)
+                for first in range(0, data.nbytes, _BATCH_BYTES):
+                    yield data[first : first + _BATCH_BYTES]
+
+    @property
+    def _change(self) -> Change:
+        assert self.values.change is not None, "only a fragment with a change has ranges of it"
+        return self.values.change

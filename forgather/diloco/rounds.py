@@ -1,0 +1,274 @@
+"""When a round closes, and what a contribution to it is answered: pure logic, without time, network or tensors.
+
+Each fragment has one open round, of the number of its version. `Rounds` knows who is expected in it and whose
+contribution is complete; `due` says who closes it; `published` opens the next. In the asynchronous mode each complete
+contribution closes a round alone, in the order in which they became complete.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+from forgather.diloco.counted import Counted
+from forgather.diloco.members import Members
+from forgather.diloco.messages import Closed, Mode, ProtocolError, Version
+from forgather.errors import ConfigError
+
+Member: TypeAlias = tuple[str, int]  # a worker, and the round that its contribution names
+Verdict: TypeAlias = Literal["take", "held", "counted", "wait"]
+
+
+@dataclass
+class Round:
+    """The open round of a fragment."""
+
+    version: Version
+    expected: set[str] = field(default_factory=set)  # who was there when the version was made, dead ones included
+    complete: list[Member] = field(default_factory=list)  # in the order in which they became so
+    first_complete_at: float | None = None
+    opened_at: float = 0.0
+    closing: Sequence[Member] = ()  # whose contributions the outer step that is being made has
+    replay: deque[Sequence[Member]] = field(default_factory=deque)  # who closed this round, and those after it, before
+
+
+class Rounds:
+    """The rounds of all fragments. ConfigError for numbers of workers below 1."""
+
+    def __init__(
+        self,
+        versions: Sequence[Version],
+        members: Members,
+        clock: Callable[[], float],
+        *,
+        num_workers: int,
+        min_workers: int = 1,
+        round_timeout_s: float | None = None,
+        mode: Mode = "sync",
+    ) -> None:
+        self.members = members
+        self.mode = mode
+        self._clock = clock
+        self.min_workers = 1
+        self.round_timeout_s: float | None = None
+        self._awaited = 1  # rounds do not close before so many live at once; 0 when they did
+        self.num_wanted = 1
+        self.change(num_workers=num_workers, min_workers=min_workers, round_timeout_s=round_timeout_s)
+        self.rounds = [Round(version, opened_at=clock()) for version in versions]
+        self.counted = [Counted() for _ in versions]
+
+    def change(
+        self,
+        num_workers: int | None = None,
+        min_workers: int | None = None,
+        round_timeout_s: float | None = None,
+    ) -> None:
+        """Change numbers while it runs; `round_timeout_s` 0 is none. ConfigError for what has no meaning."""
+        wanted = self.num_wanted if num_workers is None else num_workers
+        least = self.min_workers if min_workers is None else min_workers
+        for name, number in (("num_workers", wanted), ("min_workers", least)):
+            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+                raise ConfigError(f"{name} is {number!r}", fix=f"a whole number from 1: --{name.replace('_', '-')} 2")
+        if wanted < least:
+            raise ConfigError(
+                f"num_workers {wanted} is below min_workers {least}", fix=f"num_workers {least}, or a lower min_workers"
+            )
+        if round_timeout_s is not None and not 0 <= round_timeout_s < float("inf"):
+            raise ConfigError(f"round_timeout_s is {round_timeout_s}", fix="seconds, or 0 to wait for everybody")
+        if round_timeout_s is not None:
+            self.round_timeout_s = round_timeout_s or None
+        if num_workers is not None:
+            self.num_wanted = self._awaited = wanted
+        self.min_workers = least
+
+    @property
+    def num_workers(self) -> int:
+        """How many workers a round is made of now: those that must come first, then those that live."""
+        return max(self._awaited, self.min_workers, len(self.members.live()))
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether there are too few workers for a round to close."""
+        self._look_whether_all_came()
+        return self._awaited > 0 or len(self.members.live()) < self.min_workers
+
+    def came(self, worker: str) -> None:
+        """A worker has registered. Before anything was made, all who come are expected; then from the next round on."""
+        if self._awaited or not any(each.version.number for each in self.rounds):
+            for each in self.rounds:
+                each.expected.add(worker)
+        self._look_whether_all_came()
+
+    def left(self, worker: str) -> None:
+        """A worker is not expected any more, should it come back or not; what is complete of it counts."""
+        for each in self.rounds:
+            each.expected.discard(worker)
+
+    def expected(self, fragment: int) -> set[str]:
+        """Whose contributions the round waits for."""
+        there = self.rounds[fragment]
+        names = {worker for worker, _ in there.replay[0]} if there.replay else there.expected
+        return {name for name in names if self.members.is_live(name)}
+
+    def verdict(self, worker: str, round: int, fragment: int) -> Verdict | Closed:
+        """What becomes of a contribution that is about to be sent.
+
+        `take` it; it is `held` already in the round that is being closed, or was `counted`; `wait` until that round is
+        closed, and ask again; or it is to be sent for another round.
+        """
+        there = self.rounds[fragment]
+        if self.counted[fragment].has(worker, round):
+            return "counted"
+        if (worker, round) in there.closing:
+            return "held"
+        if there.replay:
+            return self._verdict_in_replay(there, worker, round)
+        if self.mode == "async" and round <= there.version.number:
+            return "take"
+        if there.closing:
+            return "wait"
+        return "take" if round == there.version.number else Closed(there.version)
+
+    def _verdict_in_replay(self, there: Round, worker: str, round: int) -> Verdict | Closed:
+        if (worker, round) in there.replay[0]:
+            return "take"
+        due = next((named for name, named in there.replay[0] if name == worker), None)
+        if due is not None and (worker, due) not in there.complete and not there.closing:
+            return Closed(there.version)  # what it sent for this round before is wanted first
+        return "wait"
+
+    def completed(self, worker: str, round: int, fragment: int) -> None:
+        """All parts of a contribution are there, and it is sound."""
+        there = self.rounds[fragment]
+        if (worker, round) not in there.complete:
+            there.complete.append((worker, round))
+        if there.first_complete_at is None:
+            there.first_complete_at = self._clock()
+
+    def withdrawn(self, worker: str, round: int, fragment: int) -> None:
+        """A contribution is not complete any more."""
+        there = self.rounds[fragment]
+        if (worker, round) in there.complete:
+            there.complete.remove((worker, round))
+        if not there.complete:
+            there.first_complete_at = None
+
+    def due(self, fragment: int) -> list[Member]:
+        """The contributions that the round closes with now, in the order of the workers' names; empty: not yet."""
+        there = self.rounds[fragment]
+        if there.closing or not there.complete:
+            return []
+        if there.replay:
+            wanted = there.replay[0]
+            if all(each in there.complete for each in wanted):
+                return sorted(wanted)
+            if any(each not in there.complete and not self.members.is_live(each[0]) for each in wanted):
+                there.replay.clear()  # its lease has run out: what it sent before will not come again
+            else:
+                return []
+        self._look_whether_all_came()
+        if self._awaited:
+            return []
+        if self.mode == "async":
+            return there.complete[:1]
+        if len(there.complete) < self.min_workers:
+            return []
+        names = {worker for worker, _ in there.complete}
+        if self.expected(fragment) <= names or self._is_late(there):
+            return sorted(there.complete)
+        return []
+
+    def next_deadline(self) -> float | None:
+        """When the next round closes at the latest, on the clock; None where nothing is certain."""
+        if self.round_timeout_s is None:
+            return None
+        begun = [each.first_complete_at for each in self.rounds if each.first_complete_at is not None]
+        return min(begun) + self.round_timeout_s if begun else None
+
+    def close(self, fragment: int, contributors: Sequence[Member]) -> None:
+        """The outer step begins; until it is published the round takes nothing."""
+        self.rounds[fragment].closing = list(contributors)
+
+    def published(self, fragment: int, version: Version) -> list[Member]:
+        """The closing round has made `version`: the next is open. Returns complete contributions that were left out."""
+        there = self.rounds[fragment]
+        for worker, round in there.closing:
+            self.counted[fragment].add(worker, round)
+            if worker in self.members:
+                self.members[worker].num_counted += 1
+        over = [each for each in there.complete if each not in there.closing]
+        self.rounds[fragment] = Round(version, self._present(), opened_at=self._clock(), replay=there.replay)
+        if there.replay:
+            there.replay.popleft()
+        if self.mode == "async":
+            for each in over:
+                self.completed(*each, fragment)
+            return []
+        return over
+
+    def renamed(self, worker: str, retired: str) -> None:
+        """Another worker has the name now, and was never counted; what the old one has brought is `retired`'s."""
+        self.left(worker)
+        for there, counted in zip(self.rounds, self.counted, strict=True):
+            counted.forget(worker)
+            there.complete = [(retired if name == worker else name, round) for name, round in there.complete]
+            there.closing = [(retired if name == worker else name, round) for name, round in there.closing]
+
+    def replay(self, fragment: int, closed: Iterable[Sequence[Member]]) -> None:
+        """The next rounds are to be closed with just these contributions, as long as they can come."""
+        self.rounds[fragment].replay = deque(closed)
+
+    def state_dict(self, fragment: int | None = None, version: Version | None = None) -> dict[str, Any]:
+        """The state that a new server takes up; with arguments, as it will be when `version` is published."""
+        counted = [each.state_dict() for each in self.counted]
+        versions = [each.version for each in self.rounds]
+        expected = [sorted(each.expected) for each in self.rounds]
+        if fragment is not None and version is not None:
+            later = Counted()
+            later.load_state_dict(counted[fragment])
+            for worker, round in self.rounds[fragment].closing:
+                later.add(worker, round)
+            counted[fragment] = later.state_dict()
+            versions[fragment] = version
+            expected[fragment] = sorted(self._present())
+        return {
+            "versions": [each.to_json() for each in versions],
+            "expected": expected,
+            "counted": counted,
+            "awaited": self._awaited,
+            "num_wanted": self.num_wanted,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up where a server stopped."""
+        for fragment, version in enumerate(state["versions"]):
+            self.rounds[fragment] = Round(
+                Version.from_json(version), set(state["expected"][fragment]), opened_at=self._clock()
+            )
+            self.counted[fragment].load_state_dict(state["counted"][fragment])
+        if state["num_wanted"] == self.num_wanted:
+            self._awaited = state["awaited"]
+
+    def require_fragment(self, fragment: int) -> None:
+        """ProtocolError (422) unless there is a fragment of this number."""
+        if not 0 <= fragment < len(self.rounds):
+            raise ProtocolError(
+                f"there is no fragment {fragment}: there are {len(self.rounds)}, from 0",
+                status=422,
+                fix="register again: the settings say what the fragments are",
+            )
+
+    def _present(self) -> set[str]:
+        return {member.name for member in self.members.live()}
+
+    def _look_whether_all_came(self) -> None:
+        if self._awaited and len(self.members.live()) >= self._awaited:
+            self._awaited = 0
+
+    def _is_late(self, there: Round) -> bool:
+        timeout = self.round_timeout_s
+        return (
+            timeout is not None
+            and there.first_complete_at is not None
+            and self._clock() - there.first_complete_at >= timeout
+        )
