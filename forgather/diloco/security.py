@@ -5,7 +5,6 @@ where `ps` would show it, and in no message or log: what is printed is the path 
 """
 
 import base64
-import binascii
 import contextlib
 import hmac
 import ipaddress
@@ -112,24 +111,35 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def is_authorized(authorization: str | None, token: str | None, *, method: str, has_certificate: bool = False) -> bool:
+def is_authorized(
+    authorization: str | None,
+    token: str | None,
+    *,
+    method: str,
+    origin: str | None = None,
+    has_certificate: bool = False,
+) -> bool:
     """Whether a request may be answered, by its Authorization header; takes the same time for any wrong token.
 
     With no `token` everyone is welcome; a client certificate that TLS has verified stands for one. A browser, which
-    asks for a password, sends the token as that. It then sends it by itself, also for a foreign page's form: so it is
-    good for reading alone.
+    asks for a password, sends the token as that. It then sends it by itself, also for a foreign page (whose `origin` it
+    names), as it reaches servers on loopback for one. So what a browser sends may read, and change nothing.
     """
+    only_reads = method in ("GET", "HEAD")
+    if origin is not None and not only_reads:
+        return False
     if token is None or has_certificate:
         return True
     scheme, _, given = (authorization or "").partition(" ")
-    if scheme.lower() == "basic" and method in ("GET", "HEAD"):
+    if scheme.lower() == "basic" and only_reads:
         try:
             given = base64.b64decode(given.strip(), validate=True).decode().partition(":")[2]
-        except (binascii.Error, UnicodeDecodeError):
+        except ValueError:
             return False
     elif scheme.lower() != "bearer":
         return False
-    return hmac.compare_digest(given.strip().encode(), token.encode())
+    # As bytes: a header may hold what is no ASCII, which the comparison of texts refuses.
+    return hmac.compare_digest(given.strip().encode("utf-8", "surrogateescape"), token.encode())
 
 
 # With a 401: what lets a browser ask its user, and says nothing about why.

@@ -103,6 +103,8 @@ def basic(words: str) -> str:
         (f"Bearer {TOKEN}x", "GET", False),
         (f"Bearer {TOKEN[:-1]}", "GET", False),
         ("Bearer \xff", "GET", False),
+        ("Bearer \udcff", "GET", False),
+        ("Basic \udcff", "GET", False),
         (TOKEN, "GET", False),
         (basic(f"me:{TOKEN}"), "GET", True),
         (basic(f":{TOKEN}"), "HEAD", True),
@@ -118,3 +120,11 @@ def test_who_is_answered(header, method, is_right):
     assert is_authorized(header, TOKEN, method=method) is is_right
     assert is_authorized(header, None, method=method)
     assert is_authorized(header, TOKEN, method=method, has_certificate=True)
+
+
+def test_a_foreign_page_changes_nothing():
+    for token in (TOKEN, None):
+        for method in ("POST", "PUT", "DELETE"):
+            assert not is_authorized(f"Bearer {TOKEN}", token, method=method, origin="http://elsewhere")
+            assert not is_authorized(None, token, method=method, origin="null", has_certificate=True)
+        assert is_authorized(f"Bearer {TOKEN}", token, method="GET", origin="http://elsewhere")
