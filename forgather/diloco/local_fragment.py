@@ -51,6 +51,7 @@ class LocalFragment:
 
     def __init__(self, number: int, names: Sequence[str], holdings: Holdings, *, upload: str) -> None:
         self.number = number
+        self.names = tuple(names)
         self.upload = upload
         self.holdings = holdings
         self.held = holdings.of(names)
@@ -60,6 +61,8 @@ class LocalFragment:
         # What the codec lost; fp32 loses nothing.
         self.residual = None if upload == "fp32" else Numbers(self.owned)
         self.version: Version | None = None  # of the anchor; ranks that own nothing of it do not know it
+        self.number_of_version = 0  # which all ranks know
+        self.since = 0  # the step after which it was sent last
         self.kept: list[Part] = []  # sent, and not in a durable version as far as is known
 
     @property
@@ -97,7 +100,16 @@ class LocalFragment:
                 )
 
     @torch.no_grad()
-    def encode(self, local: Numbers, identity: Identity, content: Content, *, tokens: int, steps: int) -> Part:
+    def encode(
+        self,
+        local: Numbers,
+        identity: Identity,
+        content: Content,
+        *,
+        tokens: int,
+        steps: int,
+        consumed: Mapping[str, int],
+    ) -> Part:
         """The part of a contribution that says how far `local` is from the anchor; the residual takes the losses.
 
         What counts as the beginning is the anchor as the parameters have it: of bf16 ones its rounding would otherwise
@@ -126,6 +138,7 @@ class LocalFragment:
             parts=self.num_parts,
             tokens=tokens,
             steps=steps,
+            consumed=consumed,
         )
         return Part(identity, header, payload)
 
@@ -159,6 +172,11 @@ class LocalFragment:
         self._wait_for_copies()
         self.anchor = new
 
+    def keep(self, part: Part) -> None:
+        """Have `part` ready to be sent again; one for the same round and part number is replaced."""
+        others = [each for each in self.kept if each.identity != part.identity]
+        self.kept = sorted([*others, part], key=lambda each: (each.identity.round, each.identity.part))
+
     def forget(self, durable: int) -> None:
         """The server has versions up to `durable` on its disk: what made them is not needed again."""
         self.kept = [part for part in self.kept if part.identity.round >= durable]
@@ -167,11 +185,3 @@ class LocalFragment:
 def digest_of(tensor: Tensor) -> str:
     """xxh3-64, in hex, of the bytes of a contiguous tensor on the CPU."""
     return xxhash.xxh3_64_hexdigest(raw_bytes(tensor))
-
-
-def keep(parts: Sequence[Part], fragments: Mapping[int, LocalFragment]) -> None:
-    """Put the parts where they are kept until a durable version has them; one of the same round takes its place."""
-    for part in parts:
-        fragment = fragments[part.identity.fragment]
-        others = [each for each in fragment.kept if each.identity != part.identity]
-        fragment.kept = sorted([*others, part], key=lambda each: (each.identity.round, each.identity.part))

@@ -1,0 +1,77 @@
+"""An exchange that is under way, as the training thread sees it: from when it began to when its values are taken in."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from forgather.diloco.exchange import Exchange
+from forgather.diloco.local_fragment import LocalFragment, Numbers, Part
+from forgather.diloco.membership import Membership
+from forgather.diloco.messages import Content, Identity, Settings
+
+
+@dataclass
+class Flight:
+    """`sent` is what the parameters were when the exchange began, after step `begun`; None where nothing is sent."""
+
+    fragment: LocalFragment
+    exchange: Exchange
+    begun: int
+    sent: Numbers | None = None
+    tokens: int = 1
+    steps: int = 0
+    consumed: Mapping[str, int] = field(default_factory=dict)
+    is_overdue: bool = False  # nobody waits for it any more; it is taken in whenever it comes
+
+    def is_due(self, step: int, delay: int) -> bool:
+        """Whether its values are to be taken in after `step`."""
+        return self.sent is None or step >= self.begun + delay
+
+    def land(self, step: int, number: int, alpha: float) -> None:
+        """Take in the values of version `number`, after `step`. Collective, when all ranks have them."""
+        fragment, exchange = self.fragment, self.exchange
+        has_trained = self.sent is not None and step > self.begun
+        fragment.take(exchange.values, self.sent if has_trained else None, alpha)
+        fragment.number_of_version = number
+        fragment.version = exchange.version
+        for part in exchange.parts:
+            fragment.keep(part.moved_to(exchange.round))
+        fragment.forget(exchange.durable)
+        exchange.close()
+
+
+def take_off(
+    fragment: LocalFragment,
+    membership: Membership,
+    settings: Settings,
+    *,
+    begun: int,
+    sent: Numbers,
+    tokens: int,
+    steps: int,
+    consumed: Mapping[str, int],
+    round: int | None = None,
+    parts: Sequence[Part] = (),
+    is_encoded_elsewhere: bool = False,
+) -> Flight:
+    """Begin to exchange `sent`, the parameters after step `begun`, for the round of the fragment's version.
+
+    `round` and `parts` go on with one that had begun before a restart; where its parts were made on another mesh, no
+    rank makes another.
+    """
+    worker = membership.request.worker
+
+    def encode(round: int, as_differences: bool) -> Part:
+        fragment.require_finite(sent)
+        identity = Identity(worker, round, fragment.number, fragment.part or 0)
+        content: Content = "differences" if as_differences or fragment.upload != "fp32" else "values"
+        return fragment.encode(sent, identity, content, tokens=tokens, steps=steps, consumed=consumed)
+
+    exchange = Exchange(
+        fragment,
+        membership,
+        fragment.number_of_version if round is None else round,
+        parts=parts,
+        encode=None if is_encoded_elsewhere else encode,
+        is_async=settings.mode == "async",
+    )
+    return Flight(fragment, exchange, begun, sent, tokens, steps, consumed)

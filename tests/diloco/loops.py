@@ -1,0 +1,80 @@
+"""Small training loops around DiLoCo, and what they are compared with."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from forgather.diloco.address import ServerAddress
+from forgather.diloco.worker import DiLoCo
+from tests.diloco.running_server import RunningServer
+
+
+def small_model(dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Four layers that stand in a list, so that they can be fragments; always the same."""
+    generator = torch.Generator().manual_seed(1)
+    model = nn.Sequential(nn.Linear(6, 20), nn.Linear(20, 20), nn.Linear(20, 20), nn.Linear(20, 3))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3, generator=generator)
+    return model.to(dtype)
+
+
+def values_of(model: nn.Module) -> dict[str, Tensor]:
+    """What a server of this model begins with."""
+    return {name: parameter.detach().float().clone() for name, parameter in model.named_parameters()}
+
+
+def batch(step: int, rows: int = 8) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1000 + step)
+    return torch.randn(rows, 6, generator=generator), torch.randn(rows, 3, generator=generator)
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, targets: Tensor) -> None:
+    dtype = next(model.parameters()).dtype
+    (model(inputs.to(dtype)).float() - targets).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def train(model: nn.Module, steps: Sequence[int], optimizer: torch.optim.Optimizer, rows: slice = slice(None)) -> None:
+    for step in steps:
+        inputs, targets = batch(step)
+        train_step(model, optimizer, inputs[rows], targets[rows])
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.05)
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=0.02)
+
+
+def address_of(server: RunningServer) -> ServerAddress:
+    return ServerAddress(server.host, server.port, token=server.token)
+
+
+def worker(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    server: RunningServer,
+    name: str = "alpha",
+    say: Callable[[str], None] = lambda text: None,
+    **others: Any,
+) -> DiLoCo:
+    return DiLoCo(model, optimizer, address_of(server), name, say=say, **others)
+
+
+def equal(left: nn.Module, right: nn.Module) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(left.parameters(), right.parameters(), strict=True))
+
+
+def equals_server(model: nn.Module, server: RunningServer) -> bool:
+    """Whether the parameters are what the server has published, to the bit."""
+    return all(
+        torch.equal(parameter.detach(), server.published(name).to(parameter.dtype))
+        for name, parameter in model.named_parameters()
+    )
+
+
