@@ -5,8 +5,8 @@ from typing import Any
 
 import yaml
 
+from forgather.checkpoint.loading import Checkpoint
 from forgather.checkpoint.manifest import Manifest
-from forgather.checkpoint.store import Checkpoint
 
 
 def changes(checkpoint: Checkpoint, *, config: str, world_size: int, mesh: Mapping[str, int]) -> list[str]:

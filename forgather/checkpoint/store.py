@@ -1,9 +1,7 @@
 """The checkpoints of one run: save, find the newest whole one, load it on any mesh.
 
     with RunFolder(dir) as run, CheckpointStore(run) as store:
-        checkpoint = store.newest()
-        if checkpoint is not None:
-            store.load(state, checkpoint)
+        checkpoint = store.resume(state)  # None: there is none yet
         ...
         store.save(state, step)          # returns when the state is copied; a process of its own writes it
         ...
@@ -12,11 +10,9 @@
 All of them are collective, `committed` excepted.
 """
 
-import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -25,7 +21,7 @@ import torch
 import xxhash
 
 from forgather.checkpoint.background import BackgroundWriter, HereWriter, Writer
-from forgather.checkpoint.commit import DOCUMENT, Commit
+from forgather.checkpoint.commit import Commit
 from forgather.checkpoint.document import Json
 from forgather.checkpoint.folder import (
     cause_of,
@@ -38,16 +34,15 @@ from forgather.checkpoint.folder import (
     step_name,
 )
 from forgather.checkpoint.keep import Keep
-from forgather.checkpoint.layout import StoredTensor, read_layout
-from forgather.checkpoint.manifest import MANIFEST, Manifest, ManifestError
+from forgather.checkpoint.loading import Checkpoint, load_checkpoint, open_checkpoint
+from forgather.checkpoint.manifest import Manifest
 from forgather.checkpoint.messages import Committed, Failed, WritePart
-from forgather.checkpoint.plan import Plans, held
+from forgather.checkpoint.plan import Plans
 from forgather.checkpoint.run_folder import RunFolder
 from forgather.checkpoint.state import TrainState
-from forgather.checkpoint.storage import raw_bytes, read_into
+from forgather.checkpoint.storage import raw_bytes
 from forgather.distributed.collectives import (
     broadcast_object,
-    failing_together,
     gather_objects,
     raise_together,
     rank,
@@ -55,30 +50,6 @@ from forgather.distributed.collectives import (
 )
 from forgather.errors import CheckpointError, ForgatherError
 from forgather.tensor_boxes import local_part
-
-CONFIG = "config.yaml"
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A folder whose files are all there, as they were saved."""
-
-    path: Path
-    manifest: Manifest
-
-    @property
-    def step(self) -> int:
-        return self.manifest.step
-
-    @property
-    def config(self) -> str | None:
-        """The resolved configuration that it was saved with, if it carries one."""
-        path = self.path / CONFIG
-        return path.read_text() if path.exists() else None
-
-    @cached_property
-    def layout(self) -> dict[str, StoredTensor]:
-        return read_layout(self.path)
 
 
 @dataclass(frozen=True)
@@ -181,11 +152,13 @@ class CheckpointStore:
             self.finish()
         self.close()
 
-    def newest(self) -> Checkpoint | None:
-        """The whole checkpoint of the highest step, its files verified; None where nothing was ever saved.
+    def resume(self, state: TrainState) -> Checkpoint | None:
+        """Load the whole checkpoint of the highest step into `state`, on whatever mesh that is, and return it.
 
-        Says what it passes over: what an interrupted save left, and which file of a damaged checkpoint is wrong.
-        CheckpointError when there are checkpoints and every one is damaged: a run does not start anew by accident.
+        None where nothing was ever saved. Says what it passes over: what an interrupted save left, and which file of a
+        damaged checkpoint is wrong; then the next older one is loaded, all of it. CheckpointError when there are
+        checkpoints and every one is damaged, as a run does not start anew by accident: `state` may be a mixture then.
+        CheckpointError, listing both sides, when names, shapes or dtypes differ.
         """
         self.finish()
         if rank() == 0:
@@ -194,13 +167,15 @@ class CheckpointStore:
         steps: list[int] = broadcast_object(saved_steps(self.run.checkpoints))
         for step in reversed(steps):
             folder = self.run.checkpoints / step_name(step)
-            found = open_checkpoint(folder)
-            if isinstance(found, Checkpoint):
+            opened = open_checkpoint(folder)
+            damage = opened if isinstance(opened, list) else load_checkpoint(state, opened)
+            if isinstance(opened, Checkpoint) and not damage:
+                self._loaded(state, opened)
                 if self._damaged:
-                    self.run.say(f"warning: going on from {found.path}, the newest that is whole")
-                return found
+                    self.run.say(f"warning: going on from {folder}, the newest that is whole")
+                return opened
             self._damaged.add(step)
-            self.run.say(f"warning: {folder} is damaged and not used: {'; '.join(found)}")
+            self.run.say(f"warning: {folder} is damaged and not used: {'; '.join(damage)}")
         if steps:
             raise CheckpointError(
                 f"every checkpoint in {self.run.checkpoints} is damaged",
@@ -209,22 +184,25 @@ class CheckpointStore:
         return None
 
     def load(self, state: TrainState, checkpoint: Checkpoint) -> None:
-        """Read `checkpoint` into the live objects of `state`, on whatever mesh they are.
+        """Read this `checkpoint` into the live objects of `state`, on whatever mesh they are.
 
-        CheckpointError, listing both sides, when names, shapes or dtypes differ; no weight is changed then.
+        CheckpointError when it is damaged: `state` may be a mixture then. CheckpointError, listing both sides, when
+        names, shapes or dtypes differ; no weight is changed then.
         """
         self.finish()
-        document = json.loads((checkpoint.path / DOCUMENT).read_bytes())
-        targets = state.targets(checkpoint.layout, document)
-        _require_fit(checkpoint, targets)
-        for name in sorted(set(document["extras"]) - set(state.extras)):
-            self.run.say(f"note: {checkpoint.path} has a state of {name!r}, which this run lacks; it is not used")
-        for name in sorted(set(state.extras) - set(document["extras"])):
-            self.run.say(f"note: {checkpoint.path} has no state of {name!r}, which starts anew")
-        with failing_together():
-            read_into(checkpoint.path, checkpoint.layout, targets)
-            state.accept(document, targets)
+        if damage := load_checkpoint(state, checkpoint):
+            raise CheckpointError(
+                f"{checkpoint.path} is damaged: {'; '.join(damage)}", fix="bring that file back, or load another one"
+            )
+        self._loaded(state, checkpoint)
+
+    def _loaded(self, state: TrainState, checkpoint: Checkpoint) -> None:
         self._current = checkpoint.step
+        there = set(checkpoint.document["extras"])
+        for name in sorted(there - set(state.extras)):
+            self.run.say(f"note: {checkpoint.path} has a state of {name!r}, which this run lacks; it is not used")
+        for name in sorted(set(state.extras) - there):
+            self.run.say(f"note: {checkpoint.path} has no state of {name!r}, which starts anew")
 
     def _begin(
         self, save: Pending, tensors: Mapping[str, torch.Tensor], document: Mapping[str, Json], commit: Commit | None
@@ -310,59 +288,6 @@ class CheckpointStore:
             raise problem
         self._damaged.discard(int(final.name.removeprefix("step-")))
         self._is_tidy = True
-
-
-def open_checkpoint(folder: Path) -> Checkpoint | list[str]:
-    """The checkpoint in `folder`, or what is wrong with it: one line a file. Collective: each rank reads a share."""
-    opened: Manifest | list[str] = broadcast_object(visible_checkpoint(folder) if rank() == 0 else [])
-    if isinstance(opened, list):
-        return opened
-    share = sorted(opened.files, key=lambda name: -opened.files[name].size)[rank() :: world_size()]
-    damage = [line for part in gather_objects(opened.damaged_digests(folder, share)) for line in part]
-    return sorted(damage) or Checkpoint(folder, opened)
-
-
-def visible_checkpoint(folder: Path) -> Manifest | list[str]:
-    """The manifest of the checkpoint in `folder`, or what is wrong with it that shows without reading its files."""
-    try:
-        manifest = Manifest.read(folder)
-    except ManifestError as error:
-        return [error.line]
-    expected = step_name(manifest.step)
-    if folder.name.startswith("step-") and folder.name != expected:
-        return [f"{MANIFEST}: it is of {expected}"]
-    return manifest.damaged_sizes(folder) or manifest
-
-
-def _require_fit(checkpoint: Checkpoint, targets: Mapping[str, torch.Tensor]) -> None:
-    """Raise CheckpointError, listing both sides, unless `targets` are the tensors of the checkpoint."""
-    there = {name: _shown(stored.shape, stored.dtype) for name, stored in checkpoint.layout.items()}
-    # A rank may have its own part of the model: what is here is what any rank has.
-    here: dict[str, str] = {}
-    for part in gather_objects({name: _shown(there.shape, there.dtype) for name, there in held(targets).items()}):
-        here |= part
-    parameters = [name for name in there if name.startswith(("model/", "optimizer/"))]
-    differing = [name for name, kind in here.items() if there.get(name, kind) != kind]
-    problems = [
-        *_listed("only in the checkpoint", [f"{name} {there[name]}" for name in parameters if name not in here]),
-        *_listed("only in this run", [f"{name} {kind}" for name, kind in here.items() if name not in there]),
-        *_listed("in the checkpoint, and in this run", [f"{name} {there[name]}, {here[name]}" for name in differing]),
-    ]
-    if problems:
-        raise CheckpointError(
-            "\n  ".join([f"{checkpoint.path} holds other parameters than this run", *problems]),
-            fix=f"use the model and optimizer of {checkpoint.path / CONFIG}, or start another run with --fresh; "
-            f"--init-from {checkpoint.path} lets it begin with the weights alone",
-        )
-
-
-def _listed(title: str, lines: list[str], most: int = 10) -> list[str]:
-    more = [f"  and {len(lines) - most} more"] if len(lines) > most else []
-    return [f"{title}:", *(f"  {line}" for line in lines[:most]), *more] if lines else []
-
-
-def _shown(shape: Sequence[int], dtype: str) -> str:
-    return f"{list(shape)} {dtype}"
 
 
 def _digest(tensor: torch.Tensor) -> str:

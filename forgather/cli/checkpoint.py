@@ -141,8 +141,8 @@ def _verify(folders: Sequence[Path]) -> None:
 
 def _diff(left: Path, right: Path) -> int:
     from forgather.checkpoint.comparison import compare
+    from forgather.checkpoint.loading import Checkpoint
     from forgather.checkpoint.resume import differences
-    from forgather.checkpoint.store import Checkpoint
 
     ours, theirs = Checkpoint(left, Manifest.read(left)), Checkpoint(right, Manifest.read(right))
     print(f"A: {left}, step {ours.step:,}\nB: {right}, step {theirs.step:,}")

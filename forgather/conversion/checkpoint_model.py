@@ -11,9 +11,9 @@ import torch
 
 from forgather.checkpoint.folder import saved_steps, step_name
 from forgather.checkpoint.layout import Layout
+from forgather.checkpoint.loading import visible_checkpoint
 from forgather.checkpoint.manifest import MANIFEST
-from forgather.checkpoint.storage import dtype_of, read_into, read_tensor
-from forgather.checkpoint.store import Checkpoint, visible_checkpoint
+from forgather.checkpoint.storage import DamagedFileError, dtype_of, read_into, read_tensor
 from forgather.conversion.safetensors_file import TensorKind
 from forgather.errors import CheckpointError
 
@@ -62,10 +62,10 @@ class CheckpointModel:
     """The model that a checkpoint holds. DamageError when damage shows, at once or in what is read later."""
 
     def __init__(self, folder: Path) -> None:
-        manifest = visible_checkpoint(folder)
-        if isinstance(manifest, list):
-            raise DamageError(folder, manifest)
-        self._checkpoint = Checkpoint(folder, manifest)
+        opened = visible_checkpoint(folder)
+        if isinstance(opened, list):
+            raise DamageError(folder, opened)
+        self._checkpoint = opened
         self.path = folder
         self.package = folder / PACKAGE
         self.kinds: Mapping[str, TensorKind] = weight_kinds(self._checkpoint.layout)
@@ -101,8 +101,8 @@ class CheckpointModel:
                 at += _room(kind)
             try:
                 read_into(self.path, self._checkpoint.layout, tensors)
-            except CheckpointError as error:
-                raise DamageError(self.path, [error.message]) from error
+            except DamagedFileError as error:
+                raise DamageError(self.path, [error.line]) from error
             for name in batch:
                 yield tensors[f"model/{name}"]
 

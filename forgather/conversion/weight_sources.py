@@ -19,9 +19,9 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
+from forgather.checkpoint.loading import Checkpoint, visible_checkpoint
 from forgather.checkpoint.manifest import MANIFEST
 from forgather.checkpoint.storage import read_into, read_tensor
-from forgather.checkpoint.store import Checkpoint, visible_checkpoint
 from forgather.conversion.checkpoint_model import candidates, weight_kinds
 from forgather.conversion.safetensors_file import DTYPE_NAMES, TensorKind
 from forgather.errors import CheckpointError
@@ -105,10 +105,10 @@ class CheckpointSource:
 def _newest_whole(path: Path) -> Checkpoint:
     damage = []
     for folder in candidates(path):
-        manifest = visible_checkpoint(folder)
-        if not isinstance(manifest, list):
-            return Checkpoint(folder, manifest)
-        damage.append(f"{folder}: {', '.join(manifest)}")
+        opened = visible_checkpoint(folder)
+        if isinstance(opened, Checkpoint):
+            return opened
+        damage.append(f"{folder}: {', '.join(opened)}")
     raise CheckpointError(
         f"no checkpoint here is whole: {'; '.join(damage)}",
         fix="bring back the files named above, or name another run or checkpoint",

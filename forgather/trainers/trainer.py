@@ -9,8 +9,9 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from forgather.checkpoint.loading import Checkpoint
 from forgather.checkpoint.state import TrainState
-from forgather.checkpoint.store import Checkpoint, CheckpointStore
+from forgather.checkpoint.store import CheckpointStore
 from forgather.data.batch import Batch
 from forgather.data.loader import Loader
 from forgather.distributed.mesh import Mesh
@@ -147,9 +148,8 @@ class Trainer:
 
         All ranks call it, before `run`.
         """
-        checkpoint = self.checkpoints.newest()
+        checkpoint = self.checkpoints.resume(self.state)
         if checkpoint is not None:
-            self.checkpoints.load(self.state, checkpoint)
             self.steps_done = self.saved_at = checkpoint.step
         elif self.init_from is not None:
             tied = getattr(self.model, "all_tied_weights_keys", None) or {}

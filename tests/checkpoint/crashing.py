@@ -72,11 +72,8 @@ def _train(folder: str, steps: int, pipe: Connection, errors: str, die_at: str |
     sys.stderr = Path(errors).open("a", buffering=1)  # noqa: SIM115 - for the life of the process
     run = Run(hidden=HIDDEN)
     store = open_store(Path(folder), asynchronous=asynchronous)
-    checkpoint = store.newest()
-    step = 0
-    if checkpoint is not None:
-        store.load(run.state, checkpoint)
-        step = checkpoint.step
+    checkpoint = store.resume(run.state)
+    step = 0 if checkpoint is None else checkpoint.step
     pipe.send(f"resumed {step} {run.hash()}")
     if die_at is not None:
         _arm(die_at)

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from forgather.checkpoint.folder import saved_steps, step_name
-from forgather.checkpoint.store import Checkpoint, open_checkpoint
 from tests.checkpoint.crashing import HIDDEN, Victim
-from tests.checkpoint.training import Run
+from tests.checkpoint.training import Run, damage_in
 
 STEPS = 40
 
@@ -29,7 +28,7 @@ def assert_only_whole_ones(run: Path) -> int:
     """Every folder with a step's name is whole; return the highest step, 0 when there is none."""
     steps = saved_steps(run / "checkpoints")
     for step in steps:
-        assert isinstance(open_checkpoint(run / "checkpoints" / step_name(step)), Checkpoint)
+        assert damage_in(run / "checkpoints" / step_name(step)) == []
     return max(steps, default=0)
 
 

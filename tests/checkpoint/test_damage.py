@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from forgather.checkpoint import storage
 from forgather.checkpoint.keep import Keep
+from forgather.checkpoint.loading import Checkpoint, open_checkpoint
 from forgather.checkpoint.manifest import Manifest
 from forgather.checkpoint.run_folder import RunFolder
+from forgather.checkpoint.storage import read_all
 from forgather.checkpoint.store import CheckpointStore
 from forgather.errors import CheckpointError
 from tests.checkpoint.training import Run
@@ -67,7 +70,8 @@ def test_the_file_is_named_and_the_older_checkpoint_is_loaded(
     ):
         pytest.skip("the two steps have the same file")
     damage(newest / name, newest.with_name("step-00000001") / name)
-    checkpoint = store.newest()
+    run = Run(seed=7)
+    checkpoint = store.resume(run.state)
     said = capsys.readouterr().err
     assert checkpoint is not None
     assert checkpoint.step == 1
@@ -78,8 +82,6 @@ def test_the_file_is_named_and_the_older_checkpoint_is_loaded(
     assert f"going on from {newest.with_name('step-00000001')}" in said
     log = (store.run.logs / "run.log").read_text()
     assert said in "".join(line.split(" ", 1)[1] for line in log.splitlines(keepends=True))
-    run = Run(seed=7)
-    store.load(run.state, checkpoint)
     assert all(torch.equal(value, values[1][name]) for name, value in run.values().items())
 
 
@@ -102,7 +104,7 @@ def test_an_altered_manifest_is_noticed_although_all_files_are_whole(store: Chec
     save_steps(store, 1, 2)
     manifest = store.run.checkpoints / "step-00000002" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"world_size": 1', '"world_size": 2'))
-    checkpoint = store.newest()
+    checkpoint = store.resume(Run(seed=7).state)
     assert checkpoint is not None
     assert checkpoint.step == 1
 
@@ -111,7 +113,7 @@ def test_a_renamed_checkpoint_is_not_taken_for_a_newer_one(store: CheckpointStor
     save_steps(store, 1, 2)
     folder = store.run.checkpoints / "step-00000001"
     folder.rename(folder.with_name("step-00000009"))
-    checkpoint = store.newest()
+    checkpoint = store.resume(Run(seed=7).state)
     assert checkpoint is not None
     assert checkpoint.step == 2
 
@@ -121,7 +123,7 @@ def test_the_newest_is_the_highest_step_whatever_was_touched_last(store: Checkpo
     save_steps(store, 1, 2)
     (store.run.checkpoints / "step-00000001" / "config.yaml").touch()
     (store.run.checkpoints / "step-00000001").touch()
-    checkpoint = store.newest()
+    checkpoint = store.resume(Run(seed=7).state)
     assert checkpoint is not None
     assert checkpoint.step == 2
 
@@ -132,30 +134,54 @@ def test_when_all_are_damaged_nothing_starts_anew_by_accident(store: CheckpointS
     for folder in store.run.checkpoints.iterdir():
         (folder / "rank-00000.bin").unlink()
     with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged"):
-        store.newest()
+        store.resume(Run(seed=7).state)
 
 
 def test_the_step_of_a_damaged_checkpoint_can_be_saved_again(store: CheckpointStore) -> None:
     save_steps(store, 1, 2)
     newest = store.run.checkpoints / "step-00000002"
     flip_a_byte(newest / "rank-00000.bin", newest)
-    checkpoint = store.newest()
-    assert checkpoint is not None
     run = Run(seed=7)
-    store.load(run.state, checkpoint)
+    store.resume(run.state)
     run.step()
     store.save(run.state, 2)
-    again = CheckpointStore(store.run).newest()
+    again = CheckpointStore(store.run).resume(Run().state)
     assert again is not None
     assert again.step == 2
     assert (store.run.checkpoints / "step-00000002.damaged").is_dir()
 
 
-def test_damage_that_comes_after_the_check_stops_the_load(store: CheckpointStore) -> None:
-    """The reader checks each part that it reads whole, so a disk that fails between two reads is noticed."""
-    save_steps(store, 1)
-    checkpoint = store.newest()
-    assert checkpoint is not None
+def test_damage_in_a_checkpoint_that_was_asked_for_stops_the_load(store: CheckpointStore) -> None:
+    save_steps(store, 1, 2)
+    checkpoint = open_checkpoint(store.run.checkpoints / "step-00000002")
+    assert isinstance(checkpoint, Checkpoint)
     flip_a_byte(checkpoint.path / "rank-00000.bin", checkpoint.path)
-    with pytest.raises(CheckpointError, match=r"rank-00000\.bin was altered where"):
+    with pytest.raises(CheckpointError, match=r"step-00000002 is damaged: rank-00000\.bin was altered where"):
         store.load(Run(seed=7).state, checkpoint)
+
+
+def test_nothing_but_tensors_is_taken_from_a_checkpoint_that_turns_out_damaged(store: CheckpointStore) -> None:
+    save_steps(store, 2)
+    flip_a_byte(store.run.checkpoints / "step-00000002" / "rank-00000.bin", store.run.checkpoints)
+    run = Run(seed=7)
+    before = torch.get_rng_state()
+    with pytest.raises(CheckpointError, match="every checkpoint in"):
+        store.resume(run.state)
+    assert run.position.consumed == 0
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_every_byte_is_read_once(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_steps(store, 1, 2)
+    read = 0
+
+    def counted(descriptor: int, data: memoryview, at: int) -> int:
+        nonlocal read
+        read += data.nbytes
+        return read_all(descriptor, data, at)
+
+    monkeypatch.setattr(storage, "read_all", counted)
+    checkpoint = store.resume(Run(seed=7).state)
+    assert checkpoint is not None
+    chunks = [chunk for stored in checkpoint.layout.values() for chunk in stored.chunks]
+    assert read == sum(chunk.length for chunk in chunks)

@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from forgather.checkpoint.comparison import compare
+from forgather.checkpoint.loading import Checkpoint, open_checkpoint
 from forgather.checkpoint.run_folder import RunFolder
 from forgather.checkpoint.state import TrainState
-from forgather.checkpoint.store import Checkpoint, CheckpointStore, open_checkpoint
+from forgather.checkpoint.store import CheckpointStore
 from forgather.config.project import Project
 from forgather.distributed.collectives import gather_objects, sum_ranks
 from tests.checkpoint.test_train_crash import CONFIG

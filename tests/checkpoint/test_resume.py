@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from forgather.checkpoint.loading import Checkpoint
 from forgather.checkpoint.manifest import Manifest, versions
 from forgather.checkpoint.resume import changed_keys, changes
-from forgather.checkpoint.store import Checkpoint
 
 OLD = """
 optimizer: !singleton:torch.optim:AdamW

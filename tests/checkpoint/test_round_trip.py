@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from forgather.checkpoint.layout import read_layout
 from forgather.distributed.collectives import rank
 from forgather.errors import CheckpointError, DistributedError
 from tests.checkpoint.training import Run, load_newest, open_store, save_at
@@ -91,27 +92,50 @@ def test_other_ranks_start_new_streams_that_are_the_same_each_time(tmp_path: Pat
     assert len(set(first)) == 4
 
 
+PLACES = ["model/model.layers.0.mlp.up_proj.weight", "optimizer/model.norm.weight/exp_avg", "random/1"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_all_ranks_load_all_of_the_older_one_when_one_finds_damage_as_it_reads(
+    tmp_path: Path, two_ranks: RankPool, four_ranks: RankPool, place: str, ranks: int
+) -> None:
+    """Also where no rank reads the piece whole, as on more ranks, or at all, as another number's random numbers."""
+    values, _ = two_ranks.run(save_at, str(tmp_path / "run"), 1)[0]
+    two_ranks.run(save_at, str(tmp_path / "run"), 2)
+    newest = tmp_path / "run" / "checkpoints" / "step-00000002"
+    chunk = next(stored.chunks[-1] for name, stored in read_layout(newest).items() if name.startswith(place))
+    with (newest / chunk.file).open("r+b") as file:
+        file.seek(chunk.at + chunk.length // 2)
+        altered = bytes([file.read(1)[0] ^ 1])
+        file.seek(chunk.at + chunk.length // 2)
+        file.write(altered)
+    folder = str(tmp_path / "run")
+    loaded = {1: lambda: [load_newest(folder)], 2: lambda: two_ranks.run(load_newest, folder)}
+    for there, _ in loaded.get(ranks, lambda: four_ranks.run(load_newest, folder))():
+        assert_equal(values, there)
+    said = (tmp_path / "run" / "logs" / "run.log").read_text()
+    assert f"step-00000002 is damaged and not used: {chunk.file} was altered where {place}" in said
+
+
 def newest_step(folder: str) -> int:
     store = open_store(Path(folder))
     try:
-        checkpoint = store.newest()
+        checkpoint = store.resume(Run().state)
         return 0 if checkpoint is None else checkpoint.step
     finally:
         store.run.close()
 
 
-@pytest.mark.parametrize("name", ["rank-00000.bin", "rank-00001.bin", "state.json"])
-def test_all_ranks_take_the_same_checkpoint_when_one_sees_damage(
-    tmp_path: Path, two_ranks: RankPool, name: str
-) -> None:
+def test_all_ranks_take_the_same_checkpoint_when_one_sees_damage_at_once(tmp_path: Path, two_ranks: RankPool) -> None:
     for step in (1, 2):
         two_ranks.run(save_at, str(tmp_path / "run"), step)
-    file = tmp_path / "run" / "checkpoints" / "step-00000002" / name
+    file = tmp_path / "run" / "checkpoints" / "step-00000002" / "state.json"
     content = bytearray(file.read_bytes())
     content[-5] ^= 1
     file.write_bytes(content)
     assert two_ranks.run(newest_step, str(tmp_path / "run")) == [1, 1]
-    assert name in (tmp_path / "run" / "logs" / "run.log").read_text()
+    assert "state.json" in (tmp_path / "run" / "logs" / "run.log").read_text()
 
 
 def failing_save(folder: str, asynchronous: bool) -> str:

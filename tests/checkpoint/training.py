@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from forgather.checkpoint.loading import visible_checkpoint
 from forgather.checkpoint.run_folder import RunFolder
 from forgather.checkpoint.state import TrainState
 from forgather.checkpoint.store import CheckpointStore
@@ -116,10 +117,15 @@ def load_newest(folder: str, more_steps: int = 0, **options: Any) -> tuple[dict[
     """Load into a run of another seed, and perhaps go on."""
     run = Run(seed=99, **options)
     store = open_store(Path(folder))
-    checkpoint = store.newest()
+    checkpoint = store.resume(run.state)
     assert checkpoint is not None
-    store.load(run.state, checkpoint)
     for _ in range(more_steps):
         run.step()
     store.run.close()
     return run.values(), run.hash()
+
+
+def damage_in(folder: Path) -> list[str]:
+    """What is wrong with the checkpoint in `folder`, every file of it read."""
+    opened = visible_checkpoint(folder)
+    return opened if isinstance(opened, list) else opened.manifest.damaged_digests(folder, opened.manifest.files)

@@ -131,7 +131,7 @@ def test_of_a_run_the_newest_whole_checkpoint_is_exported(tmp_path: Path, capsys
     older = AutoModelForCausalLM.from_pretrained(export(first, tmp_path / "older")).state_dict()
     assert all(torch.equal(loaded[name], weight) for name, weight in older.items())
     said = capsys.readouterr().err
-    assert f"{second}/rank-00000.bin was altered" in said
+    assert f"{second} is damaged: rank-00000.bin was altered" in said
     assert f"warning: exported {first}, the newest that is whole" in said
 
 

@@ -89,9 +89,8 @@ def load_and_step(folder: Path, mesh_name: str, kind: str, **options: Any) -> di
     for parameter in run.parameters.values():
         torch.nn.init.zeros_(parameter)
     with RunFolder(folder) as place, CheckpointStore(place, asynchronous=False) as store:
-        checkpoint = store.newest()
+        checkpoint = store.resume(run.state())
         assert checkpoint is not None
-        store.load(run.state(), checkpoint)
     return run.step(range(2, 4)).gathered()
 
 
