@@ -98,3 +98,39 @@ def test_gradients_that_were_made_in_parts_are_summed_when_asked(two_ranks):
         assert calls == 1
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def low_gradients(bucket_mib: float) -> tuple[list[Tensor], set[torch.dtype]]:
+    """The gradients of a bf16 model's second step, and the dtypes that they were summed in."""
+    large, replicas.LARGE_MIB = replicas.LARGE_MIB, bucket_mib
+    mesh = Mesh(Environment(device="cpu"), replicate=2)
+    model = Layers().bfloat16()
+    apply_fsdp(model, mesh)
+    dtypes: set[torch.dtype] = set()
+    all_reduce = dist.all_reduce
+
+    def noted(tensor, *args, **kwargs):
+        dtypes.add(tensor.dtype)
+        return all_reduce(tensor, *args, **kwargs)
+
+    dist.all_reduce = noted
+    try:
+        for _ in range(2):
+            model.zero_grad()
+            model(rows(mesh.data_rank, 0).bfloat16()).backward()
+    finally:
+        dist.all_reduce, replicas.LARGE_MIB = all_reduce, large
+    return [p.grad for p in model.parameters() if p.requires_grad], dtypes
+
+
+@pytest.mark.parametrize("bucket_mib", [1.0, 0.0])
+def test_low_precision_is_added_up_in_fp32(two_ranks, bucket_mib):
+    alone = []
+    for rank in range(2):
+        model = Layers().bfloat16()
+        model(rows(rank, 0).bfloat16()).backward()
+        alone.append([p.grad.float() for p in model.parameters() if p.requires_grad])
+    for gradients_there, dtypes in two_ranks.run(low_gradients, bucket_mib):
+        assert dtypes == {torch.float32}
+        for gradient, first, second in zip(gradients_there, *alone, strict=True):
+            assert torch.equal(gradient, (first + second).bfloat16())
