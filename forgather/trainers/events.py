@@ -122,9 +122,17 @@ class Hooks:
         self._open = ExitStack()
 
     def tell(self, event: Event) -> None:
-        """Call the hooks that have a method for this event."""
+        """Call the hooks that have a method for this event. That the run has ended each hears, though one raises."""
+        failure: Exception | None = None
         for listener in self._listeners[type(event)]:
-            listener(event)
+            try:
+                listener(event)
+            except Exception as error:
+                if not isinstance(event, Finished):
+                    raise
+                failure = failure or error
+        if failure is not None:
+            raise failure
 
     def metrics(self) -> dict[str, float]:
         """What the hooks measure, each name behind its hook's."""

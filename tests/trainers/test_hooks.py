@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch.distributed as dist
 
-from forgather.trainers.events import Hooks, Outcome, Started
+from forgather.trainers.events import Finished, Hooks, Outcome, Started
 from tests.ranks import RankPool
 
 
@@ -49,6 +49,26 @@ def test_a_hook_that_is_taken_out_hears_nothing():
     hooks.tell(Started(3))
     assert kept.heard == [3]
     assert list(hooks.hooks) == ["kept"]
+
+
+class Ending:
+    """Remembers how the run ended, and may have an objection."""
+
+    def __init__(self, objection: str | None = None) -> None:
+        self.objection = objection
+        self.heard: list[int] = []
+
+    def on_finish(self, event: Finished) -> None:
+        self.heard.append(event.step)
+        if self.objection is not None:
+            raise ValueError(self.objection)
+
+
+def test_every_hook_hears_the_end_and_the_first_objection_is_raised():
+    hooks = {"a": Ending(), "b": Ending("first"), "c": Ending("second"), "d": Ending()}
+    with pytest.raises(ValueError, match="first"):
+        Hooks(hooks).tell(Finished(7, Outcome.STOPPED))
+    assert [hook.heard for hook in hooks.values()] == [[7]] * 4
 
 
 @pytest.fixture(scope="module")
