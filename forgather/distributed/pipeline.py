@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from forgather.distributed.pipeline_anatomy import Anatomy
@@ -91,6 +92,7 @@ class Pipeline:
         self.whole = whole
         self.stages = list(stages)
         self.group = plan.mesh.pipeline_mesh.get_group() if plan.mesh.pipeline_mesh is not None else None
+        self.backward_group = _second_group(plan, self.group)
         self.rank = plan.mesh.coordinate("pipeline")
         self.device = plan.mesh.environment.device
         first = next((stage for stage in self.stages if stage.part.is_first), None)
@@ -122,6 +124,19 @@ class Pipeline:
             f"{plan.schedule.name}, {plan.num_stages} stages over {plan.num_ranks} ranks ({stages}), "
             f"{plan.microbatches} microbatches of {plan.rows_per_microbatch} rows"
         )
+
+
+def _second_group(plan: PipelinePlan, group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """The group for what goes from the last rank to the first; another than `group` where both send to each other.
+
+    That is so in a loop over two ranks. NCCL takes the sends and receives between two ranks of a group one after the
+    other, and there the two would come to wait for each other's next.
+    """
+    if group is None or plan.num_ranks != 2 or plan.stages_per_rank == 1 or plan.schedule.is_v:
+        return group
+    ranks = dist.get_process_group_ranks(group)
+    second: dist.ProcessGroup = dist.new_group(ranks, use_local_synchronization=True)
+    return second
 
 
 def unite(pipeline: Pipeline, union: Any, forward: Callable[..., Any]) -> None:

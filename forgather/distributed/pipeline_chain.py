@@ -1,7 +1,8 @@
 """Forward through all stages, without gradients: evaluation and samples, whatever schedule the training has.
 
 Batches go through the stages one behind the other, so that ranks work at the same time. Each rank computes its first
-stage for all of them, then its second; hidden states are sent as soon as they are there.
+stage for all of them, then its second; hidden states are sent as soon as they are there. The two ranks of any pair meet
+each of their sends and receives in one order, as NCCL needs it: where both send, each has a group of its own for it.
 """
 
 from collections.abc import Sequence
@@ -62,14 +63,20 @@ def _receive(pipeline: Pipeline, stage: Stage, rows: Rows, handed: Tensor | None
     if handed is not None:
         return handed
     hidden = pipeline.room_for_hidden(*rows.input_ids.shape)
-    dist.recv(hidden, group=pipeline.group, group_src=pipeline.plan.rank_of(stage.index - 1))
+    source = pipeline.plan.rank_of(stage.index - 1)
+    dist.recv(hidden, group=_group(pipeline, source, pipeline.rank), group_src=source)
     return hidden
 
 
 def _send(pipeline: Pipeline, stage: Stage, hidden: Tensor) -> dist.Work:
-    work = dist.isend(hidden, group=pipeline.group, group_dst=pipeline.plan.rank_of(stage.index + 1))
+    target = pipeline.plan.rank_of(stage.index + 1)
+    work = dist.isend(hidden, group=_group(pipeline, pipeline.rank, target), group_dst=target)
     assert work is not None
     return work
+
+
+def _group(pipeline: Pipeline, source: int, target: int) -> dist.ProcessGroup | None:
+    return pipeline.group if source < target else pipeline.backward_group
 
 
 class ChainForward:

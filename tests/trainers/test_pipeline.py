@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from forgather.errors import ConfigError, DistributedError
 from forgather.optim.groups import split
@@ -54,6 +55,36 @@ def test_every_schedule_gives_what_one_process_gives(two_ranks, single, schedule
     # In a V one rank has embedding and head; else both ranks have the tied parameter, the same to the bit.
     assert both == ({"model.embed_tokens.weight"} if tied and schedule != "zbv" else set())
     assert all(torch.equal(held[0][name], held[1][name]) for name in both)
+
+
+def messages_of_an_evaluation(schedule: str) -> dict[str, list[str]]:
+    """What this rank sent and received, in order, in each group."""
+    run = Staged(plan={"schedule": schedule}, **PIPELINE)
+    found: dict[str, list[str]] = {}
+    send, receive = dist.isend, dist.recv
+
+    def noted(kind: str, call: Any) -> Any:
+        def do(tensor: torch.Tensor, **options: Any) -> Any:
+            found.setdefault(options["group"].group_name, []).append(kind)
+            return call(tensor, **options)
+
+        return do
+
+    dist.isend, dist.recv = noted("sends", send), noted("receives", receive)
+    try:
+        run.evaluate()
+    finally:
+        dist.isend, dist.recv = send, receive
+    return found
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_two_ranks_meet_their_messages_in_one_order(two_ranks, schedule):
+    """NCCL takes the messages between two ranks of a group one after the other: else they wait for each other."""
+    first, second = two_ranks.run(messages_of_an_evaluation, schedule)
+    other = {"sends": "receives", "receives": "sends"}
+    assert first
+    assert second == {group: [other[kind] for kind in kinds] for group, kinds in first.items()}
 
 
 @pytest.mark.parametrize("microbatches", [2, 8])
