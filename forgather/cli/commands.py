@@ -30,6 +30,7 @@ COMMANDS = {
     "train": ("forgather.cli.train", "Train a model, or continue the run that is there"),
     "parity": ("forgather.cli.parity", "Run two meshes of one config beside each other, and say where they differ"),
     "control": ("forgather.cli.control", "Ask, save, stop or steer a live run"),
+    "diloco": ("forgather.cli.diloco", "Train one model over a network of unequal machines"),
     "checkpoint": ("forgather.cli.checkpoint", "List, inspect, verify, compare or remove checkpoints"),
     "import": ("forgather.cli.import_", "Make a model package of a Hugging Face model"),
     "export": ("forgather.cli.export", "Write a Hugging Face folder from a run, a checkpoint or a package"),

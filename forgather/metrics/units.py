@@ -17,5 +17,12 @@ UNITS: dict[str, str] = {
     "processes": "1",
     "mfu": "1",
     "epoch": "passes over the train tokens",
+    # of a DiLoCo server's rounds
+    "version": "outer steps of the fragment",
+    "num_workers": "workers",
+    "tokens": "tokens",
+    "contribution_norm": "1",
+    "round_s": "s",
+    "outer_s": "s",
     "time": "s since 1970-01-01 UTC",
 }

@@ -1,0 +1,394 @@
+"""`forgather diloco server`: its flags, what is checked before anything is bound, and the process that serves."""
+
+import asyncio
+import math
+import signal
+import socket
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from forgather.cli.options import Options
+from forgather.cli.parser import CommandParser, UsageError
+from forgather.errors import EXIT_OK, EXIT_RESUMABLE, CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    import ssl
+
+    from forgather.checkpoint.run_folder import RunFolder
+    from forgather.cli.diloco_model import ServedModel
+    from forgather.diloco.coordinator import Coordinator
+    from forgather.diloco.messages import Settings
+    from forgather.diloco.outer import Outer
+
+CODECS = ("fp32", "bf16", "int8", "int4")
+DEFAULT_FOLDER = "runs/diloco"
+
+
+def add_server(parser: CommandParser) -> None:
+    """`server`."""
+    verb = parser.add_verb("server", "Serve a model that workers train together")
+    add = verb.add_argument
+    add("-m", "--model", metavar="PATH", help="a model package, a run, a checkpoint, or a Hugging Face folder")
+    add("-n", "--num-workers", type=_count(1), metavar="N", help="workers that the first round waits for")
+    add("-o", "--output-dir", default=DEFAULT_FOLDER, metavar="DIR", help=f"its folder (default: {DEFAULT_FOLDER})")
+    add("--seed", type=int, default=0, metavar="N", help="draws the weights of a package without any (default: 0)")
+    add(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="where to listen; 0.0.0.0 everywhere (default: 127.0.0.1)",
+    )
+    add("--port", type=_port, default=8512, metavar="N", help="0 for any that is free (default: 8512)")
+
+    add("--sync-every", type=_count(1), default=500, metavar="H", help="inner steps to an exchange (default: 500)")
+    add("--fragments", type=_count(1), default=1, metavar="N", help="parts that take turns in them (default: 1)")
+    add(
+        "--assignment",
+        choices=("strided", "sequential"),
+        default="strided",
+        help="of blocks to them (default: strided)",
+    )
+    add("--upload", choices=CODECS, default="bf16", help="what workers send (default: bf16)")
+    add("--download", choices=CODECS, default="bf16", help="what comes back (default: bf16)")
+    add("--delay", type=_count(0), default=0, metavar="STEPS", help="inner steps beside an exchange (default: 0)")
+    add("--alpha", type=_part, default=1.0, metavar="X", help="of the progress made in them, what is kept (default: 1)")
+
+    add("--async", dest="asynchronous", action="store_true", help="each contribution makes a version of its own")
+    add("--delayed-nesterov", type=_count(1), metavar="N", help="with --async: momentum after every N contributions")
+    add("--outer-lr", type=_rate, default=0.7, metavar="X", help="outer learning rate (default: 0.7)")
+    add("--outer-momentum", type=_rate, metavar="X", help="outer momentum (default: 0.9)")
+    add("--no-nesterov", action="store_true", help="plain momentum")
+    add("--outer", metavar="SPEC", help="another optimizer of torch.optim: 'AdamW {betas: [0.9, 0.95]}'")
+
+    add("--min-workers", type=_count(1), default=1, metavar="N", help="fewest workers of a round (default: 1)")
+    add(
+        "--round-timeout", type=_seconds(0), metavar="S", help="a round waits so long for the others (default: for all)"
+    )
+    add(
+        "--lease",
+        type=_seconds(0),
+        default=30.0,
+        metavar="S",
+        help="silence after which a worker is dead (default: 30)",
+    )
+    add("--dylu", action="store_true", help="slower workers make fewer inner steps to an exchange")
+    add("--round-seconds", type=_seconds(1e-3), metavar="S", help="rounds of fixed time instead of --sync-every steps")
+    add(
+        "--norm-guard", choices=("off", "clip", "refuse"), default="off", help="what becomes of outliers (default: off)"
+    )
+    add("--save-every", type=_count(1), default=1, metavar="K", help="versions between two saves (default: 1)")
+    add("--work-units", type=_count(0), default=0, metavar="N", help="lease the order of samples in N units an epoch")
+
+    add("--no-auth", action="store_true", help="ask for no token; on loopback alone")
+    add("--token-file", metavar="FILE", help="the token, which is made if it is not there (default: DIR/token)")
+    add("--tls-cert", metavar="FILE", help="the server's certificate: TLS is then spoken")
+    add("--tls-key", metavar="FILE", help="its key")
+    add("--client-ca", metavar="FILE", help="an authority: a certificate of it stands for the token")
+    verb.epilog = (
+        "SIGTERM and Ctrl-C let it save and end with exit code 75; the same command goes on, as after a crash.\n"
+        "`forgather diloco control drain` ends a training: workers save and stop, then the server ends with 0."
+    )
+
+
+def run(options: Options) -> int:
+    """Check everything, then bind, then load values and serve until told to end."""
+    _check_flags(options)
+    from forgather.diloco.security import require_protection
+
+    require_protection(options.host, without_token=options.no_auth)
+    tls = _tls(options)
+    _require_free(options.host, options.port)
+    model = _model(options)
+    settings = _settings(options, model)
+    outer = _outer(options)
+    outer.require_parameters(settings.parameters)
+    from forgather.checkpoint.run_folder import RunFolder
+    from forgather.diloco.security import token_of_server
+
+    with RunFolder(Path(options.output_dir)) as run_folder:
+        file = Path(options.token_file) if options.token_file else run_folder.dir / "token"
+        token = None if options.no_auth else token_of_server(file)
+        job = _Job(options, model, settings, outer, run_folder, tls, token, None if token is None else file)
+        return asyncio.run(job.serve())
+
+
+@dataclass
+class _Job:
+    """One server from its start to its end."""
+
+    options: Options
+    model: "ServedModel"
+    settings: "Settings"
+    outer: "Outer"
+    run: "RunFolder"
+    tls: "ssl.SSLContext | None"
+    token: str | None
+    token_file: Path | None
+    received: signal.Signals | None = None
+
+    async def serve(self) -> int:
+        from forgather.diloco.application import serving
+        from forgather.diloco.combine import Guard
+        from forgather.diloco.coordinator import Coordinator
+        from forgather.diloco.package_service import PackageArchive
+        from forgather.diloco.record import RoundRecord, Sink
+        from forgather.diloco.views import views
+        from forgather.metrics.sinks import JsonLines, TensorBoard
+
+        options, run = self.options, self.run
+        values, buffers = self.model.first_values(options.seed)
+        run.describe("package", self.model.folder.dir)
+        coordinator = Coordinator(
+            values,
+            self.settings,
+            self.outer,
+            run,
+            num_workers=options.num_workers,
+            min_workers=options.min_workers,
+            round_timeout_s=options.round_timeout or None,
+            save_every=options.save_every,
+            guard=Guard(options.norm_guard),
+            constants=buffers,
+        )
+        del values, buffers
+        self._catch_signals(coordinator)
+        package = PackageArchive(self.model.folder.dir)
+        sinks: list[Sink] = [JsonLines(run.logs / "metrics.jsonl"), TensorBoard(run.logs / "tensorboard")]
+        host, port = options.host, options.port
+        async with serving(coordinator, self.token, host, port, tls=self.tls, extra=views(package)) as (_, bound):
+            for line in self._greeting(bound):
+                run.say(line)
+            record = asyncio.create_task(RoundRecord(coordinator, sinks).follow())
+            await coordinator.stopped.wait()
+            await record
+        if coordinator.trouble is not None:
+            raise CheckpointError(
+                f"the server ends, and its last state is not saved: {coordinator.trouble}",
+                fix="mend that, and start the same command: workers still have what is missing, and send it again",
+            )
+        run.say(f"saved at step {coordinator.step}; the same command goes on")
+        return EXIT_OK if self.received is None else EXIT_RESUMABLE
+
+    def _catch_signals(self, coordinator: "Coordinator") -> None:
+        loop = asyncio.get_running_loop()
+
+        def stop(number: signal.Signals) -> None:
+            again = " (Ctrl-C again ends it at once)" if number == signal.SIGINT else ""
+            self.run.say(f"{number.name}: the server saves and ends{again}")
+            self.received = self.received or number
+            loop.remove_signal_handler(signal.SIGINT)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            coordinator.shutdown()
+
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                loop.add_signal_handler(number, stop, number)
+
+    def _greeting(self, port: int) -> Iterator[str]:
+        settings, model = self.settings, self.model
+        count = sum(math.prod(shape) for shape in model.shapes.values())
+        origin = f"weights drawn with seed {self.options.seed}" if model.is_drawn else "with its weights"
+        yield f"model {model.path}: {count:,} parameters, {origin}"
+        fragments = len(settings.fragments)
+        how = f"every {settings.sync_every} steps" + (f" in {fragments} fragments" if fragments > 1 else "")
+        if settings.round_seconds is not None:
+            how = f"every {settings.round_seconds:g} s"
+        yield f"exchanges {how}, {settings.upload} up, {settings.download} down; outer {self.outer.describe()}"
+        scheme = "http" if self.tls is None else "https"
+        for address, interface in addresses(self.options.host):
+            shown = f"[{address}]" if ":" in address else address
+            where = f" ({interface})" if interface else ""
+            yield f"listening at {scheme}://{shown}:{port}{where}; workers: --diloco-server {shown}:{port}"
+            yield from self._foreign_name(address)
+        if self.token_file is not None:
+            yield f"token in {self.token_file}: name a copy of it to workers by --token-file"
+        else:
+            yield "no token is asked for: whoever is on this machine may change the model"
+
+    def _foreign_name(self, address: str) -> Iterator[str]:
+        if self.tls is not None:
+            from forgather.diloco.certificates import is_for
+
+            if not is_for(Path(self.options.tls_cert), address):
+                yield f"warning: {self.options.tls_cert} is not for {address}, so that workers refuse it there"
+
+
+def addresses(host: str) -> list[tuple[str, str]]:
+    """By which addresses workers reach a server that listens on `host`, and the interfaces that have them."""
+    from forgather.distributed.network import interfaces
+
+    if host not in ("0.0.0.0", "::", ""):
+        return [(host, next((each.name for each in interfaces() if str(each.address) == host), ""))]
+    found = [each for each in interfaces() if host != "0.0.0.0" or each.address.version == 4]
+    outside = [each for each in found if not each.address.is_loopback]
+    return [(str(each.address), each.name) for each in outside or found] or [(socket.gethostname(), "")]
+
+
+def _check_flags(options: Options) -> None:
+    """What is wrong with the flags alone."""
+    if options.num_workers is None:
+        raise UsageError("the server does not know how many workers to wait for", fix="-n 2, say")
+    if options.num_workers < options.min_workers:
+        raise UsageError(
+            f"--min-workers {options.min_workers} is more than -n {options.num_workers}",
+            fix=f"-n {options.min_workers}, or a lower --min-workers",
+        )
+    for given, needed, is_wrong in (
+        ("--delayed-nesterov", "--async", options.delayed_nesterov and not options.asynchronous),
+        ("--tls-key", "--tls-cert", options.tls_key and not options.tls_cert),
+        ("--tls-cert", "--tls-key", options.tls_cert and not options.tls_key),
+        ("--client-ca", "--tls-cert and --tls-key", options.client_ca and not options.tls_cert),
+    ):
+        if is_wrong:
+            raise UsageError(f"{given} needs {needed}", fix=f"add {needed}, or leave out {given}")
+    for one, other in (
+        (("--dylu", options.dylu), ("--round-seconds", options.round_seconds is not None)),
+        (("--no-auth", options.no_auth), ("--token-file", options.token_file is not None)),
+        (("--outer", options.outer is not None), ("--outer-momentum", options.outer_momentum is not None)),
+        (("--outer", options.outer is not None), ("--no-nesterov", options.no_nesterov)),
+        (("--outer", options.outer is not None), ("--delayed-nesterov", options.delayed_nesterov is not None)),
+        (("--delayed-nesterov", options.delayed_nesterov is not None), ("--no-nesterov", options.no_nesterov)),
+        (("--async", options.asynchronous), ("--round-timeout", bool(options.round_timeout))),
+    ):
+        if one[1] and other[1]:
+            raise UsageError(f"{one[0]} and {other[0]} exclude each other", fix=f"leave out {other[0]}")
+    from forgather.diloco.fragments import require_schedule
+
+    require_schedule(options.sync_every, options.fragments)
+    interval = options.sync_every // options.fragments
+    if options.delay >= interval:
+        raise ConfigError(
+            f"--delay {options.delay} is as long as the {interval} steps from one exchange to the next",
+            fix=f"--delay {max(0, interval - 1)} or less; or a larger --sync-every",
+        )
+
+
+def _tls(options: Options) -> "ssl.SSLContext | None":
+    if options.tls_cert is None:
+        return None
+    from forgather.diloco.certificates import server_context
+
+    authority = None if options.client_ca is None else Path(options.client_ca)
+    return server_context(Path(options.tls_cert), Path(options.tls_key), authority)
+
+
+def _require_free(host: str, port: int) -> None:
+    """ConfigError where nothing can listen there: before a model is loaded, which takes a while."""
+    try:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise ConfigError(f"--host {host} is not known here: {error.strerror}", fix="--host 0.0.0.0, say") from error
+    for family, kind, protocol, _, place in found:
+        with socket.socket(family, kind, protocol) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                tried.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            try:
+                tried.bind(place)
+                # As listening does, and binding alone does not, this tells of somebody who listens already.
+                tried.listen(1)
+            except OSError as error:
+                raise ConfigError(
+                    f"cannot listen on {host}:{port}: {error.strerror}",
+                    fix="end what listens there, or choose another --port; --host must be an address of this machine",
+                ) from error
+
+
+def _model(options: Options) -> "ServedModel":
+    """That of -m; without it, the one in the server's own folder, where it was served before."""
+    own = Path(options.output_dir)
+    if options.model is None and not (own / "checkpoints").is_dir():
+        raise UsageError("the server is not told which model", fix="-m PATH: a package, a run or a Hugging Face folder")
+    from forgather.cli.diloco_model import served_model
+
+    return served_model(own if options.model is None else Path(options.model))
+
+
+def _settings(options: Options, model: "ServedModel") -> "Settings":
+    from forgather.diloco.fragments import divide
+    from forgather.diloco.messages import Settings
+
+    return Settings(
+        parameters=model.shapes,
+        fragments=divide(model.shapes, options.fragments, options.assignment),
+        mode="async" if options.asynchronous else "sync",
+        sync_every=options.sync_every,
+        upload=options.upload,
+        download=options.download,
+        delay=options.delay,
+        alpha=options.alpha,
+        dylu=options.dylu,
+        round_seconds=options.round_seconds,
+        # Several within a lease, so that one that is lost kills nobody.
+        heartbeat_s=min(5.0, options.lease / 6) if options.lease else 5.0,
+        lease_s=options.lease,
+        package=model.package_digest,
+        tokenizer=model.tokenizer_digest,
+        work_units=options.work_units,
+    )
+
+
+def _outer(options: Options) -> "Outer":
+    from forgather.diloco.outer import DelayedNesterov, Nesterov, TorchOuter
+
+    momentum = 0.9 if options.outer_momentum is None else options.outer_momentum
+    if options.outer is not None:
+        name, arguments = _spec(options.outer)
+        return TorchOuter(name, **{"lr": options.outer_lr, **arguments})
+    if options.delayed_nesterov is not None:
+        return DelayedNesterov(options.outer_lr, momentum, every=options.delayed_nesterov)
+    return Nesterov(options.outer_lr, momentum, nesterov=not options.no_nesterov)
+
+
+def _spec(text: str) -> tuple[str, Mapping[str, Any]]:
+    """`AdamW {betas: [0.9, 0.95]}` as a name and arguments; the mapping is read as in a config."""
+    import yaml
+
+    name, _, rest = text.strip().partition(" ")
+    try:
+        arguments = yaml.safe_load(rest) if rest.strip() else {}
+    except yaml.YAMLError:
+        arguments = None
+    if not name or not isinstance(arguments, dict) or not all(isinstance(key, str) for key in arguments):
+        raise UsageError(f"--outer {text!r} is no optimizer", fix="--outer 'AdamW {betas: [0.9, 0.95]}'")
+    return name, arguments
+
+
+def _number(text: str, meaning: str, *, least: float = 0.0, most: float = math.inf) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (least <= value <= most and math.isfinite(value)):
+        raise ArgumentTypeError(f"{text!r} is not {meaning}")
+    return value
+
+
+def _count(least: int) -> Callable[[str], int]:
+    def count(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise ArgumentTypeError(f"{text!r} is not a number of {least} or more")
+        return int(text)
+
+    return count
+
+
+def _seconds(least: float) -> Callable[[str], float]:
+    return lambda text: _number(text, "a number of seconds", least=least)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise ArgumentTypeError(f"{text!r} is not a port from 0 to 65535")
+    return int(text)
+
+
+def _rate(text: str) -> float:
+    return _number(text, "a number of 0 or more")
+
+
+def _part(text: str) -> float:
+    return _number(text, "a number from 0 to 1", most=1.0)

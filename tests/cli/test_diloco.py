@@ -1,0 +1,314 @@
+"""`forgather diloco`: a server starts from any model, is asked and told things, and goes on where it stopped."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+
+from forgather.cli.diloco_model import served_model
+from forgather.cli.diloco_server import addresses
+from forgather.cli.main import main
+from forgather.distributed.network import interfaces
+from forgather.models.construct import construct
+from forgather.models.package import Package
+from tests.conversion.small_llama import llama
+from tests.models.example import package as example_package
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory) -> Package:
+    """A package without weights."""
+    built = example_package(tmp_path_factory.mktemp("models") / "tiny")
+    built.write()
+    return built
+
+
+@pytest.fixture
+def said(capsys, monkeypatch, tmp_path):
+    """Runs `forgather diloco ...` in a folder of its own; returns its code, out and err."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "FORGATHER_DILOCO_TOKEN", "FORGATHER_DILOCO_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*words: object) -> tuple[int, str, str]:
+        code = main(["diloco", *map(str, words)])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+# --- what is refused before anything is bound or written
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["-n", "0"], "'0' is not a number of 1 or more"),
+        ([], "how many workers"),
+        (["-n", "2", "--min-workers", "3"], "--min-workers 3 is more than -n 2"),
+        (["-n", "2", "--sync-every", "2", "--fragments", "3"], "3 fragments"),
+        (["-n", "2", "--fragments", "50"], "fragments"),
+        (["-n", "2", "--fragments", "0"], "'0' is not a number"),
+        (["-n", "2", "--delay", "500"], "--delay 500 is as long as"),
+        (["-n", "2", "--sync-every", "9", "--fragments", "3", "--delay", "3"], "--delay 3 is as long as the 3 steps"),
+        (["-n", "2", "--upload", "fp8"], "invalid choice: 'fp8'"),
+        (["-n", "2", "--outer-lr", "nan"], "'nan' is not a number"),
+        (["-n", "2", "--alpha", "1.5"], "'1.5' is not a number from 0 to 1"),
+        (["-n", "2", "--delayed-nesterov", "3"], "--delayed-nesterov needs --async"),
+        (["-n", "2", "--outer", "Adamm"], "Adamm"),
+        (["-n", "2", "--outer", "AdamW [1]"], "is no optimizer"),
+        (["-n", "2", "--outer", "AdamW {bettas: 1}"], "bettas"),
+        (["-n", "2", "--outer", "AdamW", "--no-nesterov"], "exclude each other"),
+        (["-n", "2", "--dylu", "--round-seconds", "60"], "exclude each other"),
+        (["-n", "2", "--host", "0.0.0.0", "--no-auth"], "whoever reaches this machine"),
+        (["-n", "2", "--host", "192.0.2.77"], "cannot listen on 192.0.2.77"),
+        (["-n", "2", "--port", "99999"], "is not a port"),
+        (["-n", "2", "--tls-cert", "absent.pem"], "--tls-cert needs --tls-key"),
+        (["-n", "2", "--tls-cert", "absent.pem", "--tls-key", "absent.pem"], "absent.pem cannot be read"),
+        (["-n", "2", "--client-ca", "absent.pem"], "--client-ca needs"),
+        (["-n", "2", "--save-every", "0"], "'0' is not a number"),
+    ],
+)
+def test_what_cannot_be_served_is_told_and_leaves_nothing(said, package, tmp_path, words, message):
+    code, _, err = said("server", "-m", package.dir, "--port", 0, *words)
+    assert code == 2
+    assert message in err
+    assert "fix:" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_does_not_load_is_told(said, package, tmp_path):
+    empty, broken = tmp_path / "empty", tmp_path / "broken"
+    empty.mkdir()
+    broken.mkdir()
+    (broken / "config.json").write_text("{")
+    for path in (empty, broken, tmp_path / "absent"):
+        code, _, err = said("server", "-m", path, "-n", 1, "--port", 0)
+        assert code == 2, err
+        assert str(path) in err
+        assert "Traceback" not in err
+    code, _, err = said("server", "-n", 1)
+    assert (code, "-m PATH" in err) == (2, True)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_port_in_use_is_told_before_the_model_is_loaded(said, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        code, _, err = said("server", "-m", tmp_path / "absent", "-n", 1, "--port", port)
+    assert code == 2
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["status", "--server", "127.0.0.1:1"], "no DiLoCo server at 127.0.0.1:1"),
+        (["status", "--server", "http://a b"], "is no address of a server"),
+        (["status", "--server", "127.0.0.1:70000"], "is no address of a server"),
+        (["status", "--token-file", "absent"], "the token file absent cannot be read"),
+        (["status", "--tls-cert", "a.pem"], "--tls-cert and --tls-key are given together"),
+        (["control", "stop"], "unknown action 'stop'"),
+        (["control", "kick"], "cannot make anything of no argument"),
+        (["control", "save", "now"], "cannot make anything of now"),
+        (["control", "command", "decay"], "cannot make anything of decay"),
+        (["control", "set", "outer_lr=fast"], "'outer_lr=fast' is not NAME=NUMBER"),
+        (["cert", "made", "--days", "0"], "'0' is not a number of days"),
+        (["cert", "made", "--host", "a b"], "neither the name nor the address"),
+    ],
+)
+def test_what_cannot_be_asked_is_told(said, tmp_path, words, message):
+    code, _, err = said(*words)
+    assert code == 2
+    assert message in err
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- what a server begins with
+
+
+def test_a_package_without_weights_begins_as_a_plain_run_with_that_seed(package):
+    values, _ = served_model(package.dir).first_values(seed=7)
+    plain = dict(construct(package.dir, "cpu", seed=7).named_parameters())
+    assert values.keys() == plain.keys()
+    assert all(torch.equal(values[name], plain[name]) for name in plain)
+    other, _ = served_model(package.dir).first_values(seed=8)
+    assert not torch.equal(other["model.embed_tokens.weight"], values["model.embed_tokens.weight"])
+
+
+def test_a_hugging_face_folder_begins_with_its_weights(tmp_path):
+    model = llama(tie_word_embeddings=True).to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    served = served_model(tmp_path)
+    values, _ = served.first_values(seed=0)
+    assert served.shapes == {name: tuple(value.shape) for name, value in model.named_parameters()}
+    assert "lm_head.weight" not in values  # tied: under its first name alone
+    assert all(torch.equal(values[name], value.float()) for name, value in model.named_parameters())
+
+
+def test_values_that_are_not_finite_are_no_beginning(said, tmp_path):
+    model = llama()
+    with torch.no_grad():
+        model.model.norm.weight[3] = float("inf")
+    model.save_pretrained(tmp_path / "model")
+    code, _, err = said("server", "-m", tmp_path / "model", "-n", 1, "--port", 0)
+    assert code == 2
+    assert "not finite in model.norm.weight" in err
+
+
+def test_where_workers_find_a_server_that_listens_everywhere():
+    found = addresses("0.0.0.0")
+    outside = {str(each.address): each.name for each in interfaces() if not each.address.is_loopback}
+    assert found
+    if outside:
+        assert {address for address, _ in found} <= set(outside)
+    assert addresses("127.0.0.1")[0][0] == "127.0.0.1"
+    assert addresses("box.example.org") == [("box.example.org", "")]
+
+
+# --- a server that lives
+
+
+class Server:
+    """A process of `forgather diloco server`, on a free port of loopback."""
+
+    def __init__(self, folder: Path, *words: object) -> None:
+        self.folder = folder
+        environ = {name: text for name, text in os.environ.items() if not name.startswith(("FORGATHER_", "RANK"))}
+        command = [sys.executable, "-m", "forgather", "diloco", "server", "-n", "2", "--port", "0", "-o", str(folder)]
+        self.process = subprocess.Popen(
+            [*command, *map(str, words)],
+            env={**environ, "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.lines: list[str] = []
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line)
+            if "token" in line:
+                break
+        found = re.search(r"workers: --diloco-server (\S+)", "".join(self.lines))
+        assert found, "".join(self.lines)
+        self.address = found[1]
+
+    def end(self, number: signal.Signals | None = None) -> tuple[int, str]:
+        if number is not None:
+            self.process.send_signal(number)
+        out, err = self.process.communicate(timeout=60)
+        return self.process.returncode, out + "".join(self.lines) + err
+
+
+def test_a_server_from_its_first_start_to_its_last(said, package, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "served"
+    server = Server(folder, "-m", package.dir, "--fragments", 2, "--seed", 3)
+    token = (folder / "token").read_text().strip()
+    monkeypatch.setenv("FORGATHER_DILOCO_TOKEN_FILE", str(folder / "token"))
+    at = ("--server", server.address)
+    try:
+        code, out, _ = said("status", *at, "--json")
+        status = json.loads(out)
+        assert (code, status["state"], status["versions"], status["num_workers"]) == (0, "waiting", [0, 0], 2)
+        assert status["model"]["parameters"] == construct(package.dir).num_parameters()
+        code, out, _ = said("status", *at)
+        assert out.splitlines()[0].startswith("waiting, sync, up ")
+
+        assert said("control", *at, "set", "outer_lr=0.5", "min_workers=2")[1] == (
+            "from the next round on: outer_lr 0.5, min_workers 2\n"
+        )
+        assert json.loads(said("status", *at, "--json")[1])["min_workers"] == 2
+        code, _, err = said("control", *at, "set", "outer_lrr=1")
+        assert (code, "cannot set outer_lrr" in err) == (2, True)
+        code, _, err = said("control", *at, "kick", "nobody")
+        assert (code, "no worker 'nobody'" in err) == (2, True)
+        assert said("control", *at, "save")[1] == "saved step 0\n"
+
+        headers = {"Authorization": f"Bearer {token}"}
+        for path, kind in (("/", "text/html"), ("/metrics", "text/plain"), ("/v1/package", "application/x-tar")):
+            request = urllib.request.Request(f"http://{server.address}{path}", headers=headers)
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                assert answer.headers.get_content_type() == kind
+                assert token.encode() not in answer.read()
+            with pytest.raises(urllib.error.HTTPError, match="401") as refused:
+                urllib.request.urlopen(f"http://{server.address}{path}", timeout=30)
+            refused.value.close()
+
+        monkeypatch.setenv("FORGATHER_DILOCO_TOKEN", "x" * 30)
+        monkeypatch.delenv("FORGATHER_DILOCO_TOKEN_FILE")
+        code, _, err = said("status", *at)
+        assert (code, "has another token" in err, "x" * 30 in err) == (2, True, False)
+
+        code, _, err = said("server", "-m", package.dir, "-n", 1, "--port", 0, "-o", folder)
+        assert (code, "live" in err) == (2, True)
+        command_line = Path(f"/proc/{server.process.pid}/cmdline").read_text()
+    finally:
+        code, text = server.end(signal.SIGTERM)
+    assert code == 75
+    assert "SIGTERM: the server saves and ends" in text
+    assert token not in text + command_line
+    kept = [path for path in folder.rglob("*") if path.is_file() and token.encode() in path.read_bytes()]
+    assert kept == [folder / "token"]
+
+    # What it has saved is a checkpoint as any other, and a model to begin with.
+    values, _ = served_model(folder).first_values(seed=0)
+    plain = construct(package.dir, "cpu", seed=3)
+    assert all(torch.equal(values[name], value) for name, value in plain.named_parameters())
+    assert main(["export", str(folder), str(tmp_path / "exported")]) == 0
+    capsys.readouterr()
+
+    # The same folder goes on without -m, now with TLS: the token is the same, and a certificate stands for it.
+    made = tmp_path / "certificates"
+    code, out, _ = said("cert", made, "--host", "127.0.0.1", "--client", "worker")
+    assert (code, f"wrote {made}/ca.pem" in out) == (0, True)
+    tls = ("--tls-cert", made / "server.pem", "--tls-key", made / "server-key.pem", "--client-ca", made / "ca.pem")
+    server = Server(folder, "--fragments", 2, *tls)
+    at = ("--server", server.address)
+    try:
+        known = ("--tls-ca", made / "ca.pem")
+        assert said("status", *at, *known, "--token-file", folder / "token")[0] == 0
+        monkeypatch.delenv("FORGATHER_DILOCO_TOKEN")
+        assert said("status", *at, *known)[0] == 2
+        mine = (*known, "--tls-cert", made / "worker.pem", "--tls-key", made / "worker-key.pem")
+        assert said("status", *at, *mine)[0] == 0
+        code, _, err = said("status", *at)
+        assert (code, "--tls-ca" in err) == (2, True)
+        said("cert", tmp_path / "foreign", "--host", "127.0.0.1")
+        code, _, err = said("status", *at, "--tls-ca", tmp_path / "foreign" / "ca.pem")
+        assert (code, "is not one to trust" in err) == (2, True)
+        assert said("control", *at, *mine, "shutdown")[0] == 0
+    finally:
+        code, text = server.end()
+    assert code == 0, text
+    assert "going on from" in text
+
+
+def test_watching_goes_on_until_it_is_interrupted(said, monkeypatch):
+    from tests.diloco.status_example import example
+
+    rounds = []
+
+    def ask(*_: object, **__: object) -> object:
+        rounds.append(1)
+        return example()
+
+    def sleep(seconds: float) -> None:
+        assert seconds == 0.5
+        if len(rounds) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("forgather.diloco.address.ServerAddress.ask", ask)
+    monkeypatch.setattr("time.sleep", sleep)
+    code, out, _ = said("status", "-w", "--interval", "0.5", "--json")
+    assert code == 0
+    assert [json.loads(line)["state"] for line in out.splitlines()] == ["training"] * 3
