@@ -9,6 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from forgather.checkpoint.document import merge as merge_documents
 from forgather.checkpoint.folder import cause_of, draft_of, refused, remove, saved_steps, step_name
 from forgather.checkpoint.keep import Keep
 from forgather.checkpoint.layout import StoredTensor, write_layout
@@ -147,10 +148,10 @@ def _require_equal_copies(parts: list[Part]) -> None:
 
 
 def _join_documents(parts: list[Part]) -> dict[str, Any]:
-    """The state that is no tensor: rank 0's extras, every rank's random numbers, the optimizer's of all by name."""
+    """The state that is no tensor: the extras of all, every rank's random numbers, the optimizer's of all by name."""
     return {
         "optimizer": {name: state for part in parts for name, state in part.document["optimizer"].items()},
-        "extras": parts[0].document["extras"],
+        "extras": merge_documents([part.document["extras"] for part in parts]),
         "random": [part.document["random"] for part in parts],
     }
 

@@ -7,7 +7,7 @@ needed.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -57,10 +57,10 @@ def split(value: Any, path: str) -> tuple[Json, dict[str, torch.Tensor]]:
     return convert(value, path), tensors
 
 
-def join(document: Json, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """What `split` took apart."""
+def join(document: Json, tensors: Mapping[str, torch.Tensor], *, partly: bool = False) -> Any:
+    """What `split` took apart. With `partly` tensors may be missing: dicts are then left without them."""
     if isinstance(document, list):
-        return [join(item, tensors) for item in document]
+        return [join(item, tensors, partly=partly) for item in document]
     if not isinstance(document, dict):
         return document
     match document:
@@ -69,7 +69,35 @@ def join(document: Json, tensors: Mapping[str, torch.Tensor]) -> Any:
         case {"__float__": str(number)}:
             return float(number)
         case {"__tuple__": list(items)}:
-            return tuple(join(item, tensors) for item in items)
+            return tuple(join(item, tensors, partly=partly) for item in items)
         case {"__items__": list(items)}:
-            return {pair[0]: join(pair[1], tensors) for pair in items if isinstance(pair, list)}
-    return {key: join(item, tensors) for key, item in document.items()}
+            return {pair[0]: join(pair[1], tensors, partly=partly) for pair in items if isinstance(pair, list)}
+    return {
+        key: join(item, tensors, partly=partly)
+        for key, item in document.items()
+        if not (partly and isinstance(item, dict) and _TENSOR in item and item[_TENSOR] not in tensors)
+    }
+
+
+def merge(documents: Sequence[Json]) -> Json:
+    """The parts that ranks give of one state: what several give as the first does, dicts with the keys of all.
+
+    CheckpointError where one has a dict, and another has something else in its place.
+    """
+    first = documents[0]
+    if not any(_is_plain_dict(each) for each in documents):
+        return first
+    if not all(_is_plain_dict(each) for each in documents):
+        raise CheckpointError(
+            "ranks give states of different kinds under one name",
+            fix="let its state_dict() give a dict on every rank, or on none",
+        )
+    merged: dict[str, list[Json]] = {}
+    for each in documents:
+        for key, item in each.items() if isinstance(each, dict) else ():
+            merged.setdefault(key, []).append(item)
+    return {key: merge(items) for key, items in merged.items()}
+
+
+def _is_plain_dict(document: Json) -> bool:
+    return isinstance(document, dict) and not any(key.startswith("__") for key in document)

@@ -11,9 +11,9 @@ are the live ones, DTensors where the model is sharded: each rank's part is writ
 What differs from rank to rank has the rank in its name: of tensors that share one, as copies do, one is stored.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -29,6 +29,15 @@ from forgather.checkpoint.storage import dtype_of
 from forgather.distributed.collectives import rank, world_size
 from forgather.errors import CheckpointError
 from forgather.models.names import plain_name
+
+
+@runtime_checkable
+class Scattered(Protocol):
+    """An extra of which each rank has tensors of its own; see `TrainState`."""
+
+    def load_targets(
+        self, saved: Mapping[str, Any], stored: Mapping[str, tuple[Sequence[int], torch.dtype]]
+    ) -> Mapping[str, torch.Tensor]: ...
 
 
 @dataclass
@@ -60,7 +69,7 @@ class TrainState:
         own, random_tensors = split(capture_random(self.device), f"random/{rank()}")
         document: dict[str, Json] = {
             "optimizer": optimizer,
-            "extras": extras if rank() == 0 else {},
+            "extras": extras,
             "random": own,
         }
         return tensors | optimizer_tensors | extra_tensors | random_tensors, document
@@ -71,10 +80,18 @@ class TrainState:
         trained = {key.split("/")[1] for key in _keys(saved, "optimizer/")} | set(document["optimizer"])
         prepare_state(self.optimizer, self._names(), trained)
         targets |= self._optimizer_state()[1]
-        _, live = split({name: extra.state_dict() for name, extra in self.extras.items()}, "extras")
-        for key in _keys(saved, "extras/"):
-            # An extra may have another shape of state today (a list that grew); only what is sharded has its place.
-            if key.split("/")[1] in self.extras:
+        whole = {name: extra.state_dict() for name, extra in self.extras.items() if not isinstance(extra, Scattered)}
+        _, live = split(whole, "extras")
+        for name, extra in self.extras.items():
+            keys = _keys(saved, f"extras/{name}/")
+            if isinstance(extra, Scattered):
+                prefix = f"extras/{name}/"
+                stored = {key.removeprefix(prefix): (saved[key].shape, dtype_of(saved[key])) for key in keys}
+                own = extra.load_targets(document["extras"].get(name, {}), stored)
+                targets |= {f"{prefix}{path}": tensor for path, tensor in own.items()}
+                continue
+            for key in keys:
+                # An extra may have another shape of state today (a list that grew); what is sharded has its place.
                 here = live.get(key)
                 targets[key] = here if isinstance(here, DTensor) else _room(saved, key)
         source = rank() if len(document["random"]) == world_size() else 0
@@ -88,7 +105,8 @@ class TrainState:
                 self.optimizer.state[parameter].update(join(document["optimizer"][name], tensors))
         for name, extra in self.extras.items():
             if name in document["extras"]:
-                extra.load_state_dict(join(document["extras"][name], tensors))
+                is_scattered = isinstance(extra, Scattered)
+                extra.load_state_dict(join(document["extras"][name], tensors, partly=is_scattered))
         if len(document["random"]) == world_size():
             restore_random(join(document["random"][rank()], tensors), self.device)
         else:
