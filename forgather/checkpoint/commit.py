@@ -9,11 +9,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from forgather.checkpoint.document import merge as merge_documents
 from forgather.checkpoint.folder import cause_of, draft_of, refused, remove, saved_steps, step_name
 from forgather.checkpoint.keep import Keep
 from forgather.checkpoint.layout import StoredTensor, write_layout
 from forgather.checkpoint.manifest import FileRecord, Manifest, record_of
+from forgather.checkpoint.merged_document import merge as merge_documents
 from forgather.checkpoint.part import Part, file_name, read_part, remove_records
 from forgather.durable import publish
 from forgather.errors import CheckpointError

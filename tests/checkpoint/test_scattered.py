@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from forgather.checkpoint.document import merge
+from forgather.checkpoint.merged_document import merge
 from forgather.checkpoint.run_folder import RunFolder
 from forgather.checkpoint.state import TrainState
 from forgather.checkpoint.store import CheckpointStore
