@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -84,13 +84,15 @@ class HereWriter:
 class BackgroundWriter:
     """Copies tensors into memory shared with a process of its own (`checkpoint.writer`), which writes from there.
 
-    The memory is taken, and touched, once: the first touch of a page costs ten times what a copy does.
+    The memory is taken, and touched, once: the first touch of a page costs ten times what a copy does. Where tensors
+    come from a CUDA device it is pinned too: the device then writes there itself, and all copies are under way at once.
     """
 
     def __init__(self) -> None:
         self._descriptor = _anonymous_memory()
         self._items: Sequence[Item] = ()
         self._views: list[Tensor] = []
+        self._pinned: Tensor | None = None
         self._answers: list[Answer] = []
         self._job: WritePart | None = None
         ours, theirs = socket.socketpair()
@@ -109,13 +111,16 @@ class BackgroundWriter:
         _close_in_forks(self)
 
     def begin(self, job: WritePart, items: Sequence[Item], tensors: Sequence[Tensor]) -> None:
-        if items != self._items:
-            self._arrange(items)
-        if tensors:
-            torch._foreach_copy_(self._views, [tensor.detach() for tensor in tensors])
         self._answers.clear()
         self._job = job
-        self._send(job)
+        try:
+            self._copy(items, tensors)
+        except OSError as error:
+            self._fail(job, refused(job.final, error))
+        except CheckpointError as error:
+            self._fail(job, error)
+        else:
+            self._send(job)
 
     def written(self) -> ForgatherError | None:
         first = self._answer(0, None)
@@ -139,6 +144,7 @@ class BackgroundWriter:
         self._job = None
 
     def close(self) -> None:
+        self._unpin()
         self._connection.close()
         self._process.wait()
         os.close(self._descriptor)
@@ -147,8 +153,22 @@ class BackgroundWriter:
     def _number(self) -> int:
         return -1 if self._job is None else self._job.number
 
-    def _arrange(self, items: Sequence[Item]) -> None:
+    def _copy(self, items: Sequence[Item], tensors: Sequence[Tensor]) -> None:
+        if items != self._items:
+            self._arrange(items, pin=any(tensor.is_cuda for tensor in tensors))
+        if tensors:
+            torch._foreach_copy_(self._views, [tensor.detach() for tensor in tensors], non_blocking=True)
+        if self._pinned is not None:
+            torch.cuda.synchronize()  # before the writer looks, and before the tensors change
+
+    def _fail(self, job: WritePart, error: CheckpointError) -> None:
+        """Answer that this part cannot be written, as the process would, and tell the ranks that wait for it."""
+        leave_failure(draft_of(job.final), job.rank, error.message)
+        self._answers.append(Failed(job.number, error))
+
+    def _arrange(self, items: Sequence[Item], *, pin: bool) -> None:
         """Let the memory have a place for each item."""
+        self._unpin()
         num_bytes = max(1, items[-1].at + items[-1].length) if items else 1
         os.ftruncate(self._descriptor, num_bytes)
         populate = getattr(mmap, "MAP_POPULATE", 0)
@@ -157,8 +177,16 @@ class BackgroundWriter:
         self._views = [
             whole[item.at : item.at + item.length].view(getattr(torch, item.dtype)).view(item.sizes) for item in items
         ]
+        if pin:
+            _require_pinned(_cudart().cudaHostRegister(whole.data_ptr(), whole.nbytes, 0), num_bytes)
+            self._pinned = whole
         self._items = items
         self._send(Layout(items, num_bytes))
+
+    def _unpin(self) -> None:
+        if self._pinned is not None:
+            _cudart().cudaHostUnregister(self._pinned.data_ptr())
+            self._pinned = None
 
     def _send(self, message: Layout | WritePart | Abandon) -> None:
         try:
@@ -193,6 +221,18 @@ class BackgroundWriter:
 def _contents(items: Sequence[Item], tensors: Sequence[Tensor]) -> Iterator[tuple[Item, memoryview]]:
     for item, tensor in zip(items, tensors, strict=True):
         yield item, raw_bytes(tensor.detach().to("cpu").contiguous())
+
+
+def _cudart() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def _require_pinned(code: Any, num_bytes: int) -> None:
+    if int(code) != 0:
+        raise CheckpointError(
+            f"the system pins no {num_bytes:,} bytes of memory, into which checkpoints are copied (CUDA: {code})",
+            fix="let the process lock more memory (ulimit -l), or write without it: checkpoints.asynchronous=false",
+        )
 
 
 def _anonymous_memory() -> int:

@@ -5,6 +5,7 @@ is on the disk. Removal goes the other way: first a rename to a hidden name, the
 whenever, a folder with a step's name is a whole checkpoint, and anything else is a leftover.
 """
 
+import contextlib
 import errno
 import re
 import shutil
@@ -39,6 +40,15 @@ def leftovers(checkpoints: Path) -> list[Path]:
     if not checkpoints.is_dir():
         return []
     return sorted(entry for entry in checkpoints.iterdir() if _LEFTOVER.fullmatch(entry.name))
+
+
+def bytes_in(folder: Path) -> int:
+    """How much has been written into a folder that may change meanwhile; 0 for one that is not there."""
+    total = 0
+    with contextlib.suppress(OSError):  # it has its name now, or is removed
+        for file in folder.rglob("*"):
+            total += file.stat().st_size
+    return total
 
 
 def remove(folder: Path) -> None:

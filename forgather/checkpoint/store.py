@@ -11,6 +11,7 @@ All of them are collective, `committed` excepted.
 """
 
 import math
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from forgather.checkpoint.background import BackgroundWriter, HereWriter, Writer
 from forgather.checkpoint.commit import Commit
 from forgather.checkpoint.document import Json
 from forgather.checkpoint.folder import (
+    bytes_in,
     cause_of,
     draft_of,
     leftovers,
@@ -50,6 +52,9 @@ from forgather.distributed.collectives import (
 )
 from forgather.errors import CheckpointError, ForgatherError
 from forgather.tensor_boxes import local_part
+
+# A save of which nothing new is written for so long will not go on: its last bytes may take that to reach the disk.
+STALLED_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -140,9 +145,18 @@ class CheckpointStore:
         self._pending = self._heard = None
 
     def wait_alone(self, seconds: float) -> None:
-        """Give a save that is under way so much time to become whole, without a word to other ranks."""
-        if self._pending is not None and self._writer is not None and self._heard is None:
-            self._hear(self._writer.committed(seconds))
+        """Give a save that is under way so much time to become whole, without a word to other ranks.
+
+        Less when nothing of it is being written any more: a rank whose part is missing may be gone.
+        """
+        end, seen = time.monotonic() + seconds, -1
+        while self._pending is not None and self._writer is not None and self._heard is None:
+            left = end - time.monotonic()
+            self._hear(self._writer.committed(max(0.0, min(left, STALLED_S))))
+            written = bytes_in(draft_of(self._pending.path))
+            if left <= STALLED_S or written == seen:
+                return
+            seen = written
 
     def __enter__(self) -> Self:
         return self

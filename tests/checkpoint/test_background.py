@@ -1,5 +1,6 @@
 """Saves that a process of their own writes: what was saved is what there was, and every failure is told."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from forgather.checkpoint import store as store_module
 from forgather.checkpoint.background import BackgroundWriter
 from forgather.checkpoint.folder import saved_steps
 from forgather.checkpoint.run_folder import RunFolder
@@ -132,6 +134,39 @@ def test_the_death_of_the_writer_is_an_error_at_the_next_save(folder: RunFolder)
     store.finish()
     store.close()
     assert saved_steps(folder.checkpoints) == [1, 3]
+
+
+def test_a_part_that_never_comes_is_not_waited_for_long(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another rank is gone, or hangs, while this one ends with an error of its own."""
+    monkeypatch.setattr(store_module, "world_size", lambda: 2)
+    monkeypatch.setattr(store_module, "STALLED_S", 0.2)
+    store = CheckpointStore(folder)
+    store.save(Run().state, 1)
+    start = time.monotonic()
+    store.wait_alone(600)
+    store.close()
+    assert time.monotonic() - start < 60
+    assert saved_steps(folder.checkpoints) == []
+
+
+def test_a_save_whose_parts_come_is_waited_for(folder: RunFolder) -> None:
+    store = CheckpointStore(folder)
+    store.save(Run().state, 1)
+    store.wait_alone(60)
+    store.close()
+    assert saved_steps(folder.checkpoints) == [1]
+
+
+def test_memory_that_is_refused_is_an_error_of_the_save(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(BackgroundWriter, "_arrange", refuse)
+    store = CheckpointStore(folder)
+    with pytest.raises(CheckpointError, match=r"could not write .*step-00000001: Cannot allocate memory"):
+        store.save(Run().state, 1) and store.finish()
+    store.close()
+    assert saved_steps(folder.checkpoints) == []
 
 
 @pytest.mark.parametrize("asked", [False, True])
