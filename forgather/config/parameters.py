@@ -6,6 +6,7 @@ default, or declares a parameter whose type is its default's.
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from forgather.config.read import read_word
 from forgather.config.tree import ListValue, MappingValue, Place, Plain, Scalar, Value
 
 TYPES = ("int", "float", "str", "bool", "path", "yaml", "list")
-_KEYS = ("type", "default", "choices", "min", "max", "help")
+_KEYS = ("type", "default", "choices", "min", "max", "pattern", "help")
 
 
 class Declaration(NamedTuple):
@@ -29,6 +30,7 @@ class Declaration(NamedTuple):
     choices: tuple[Plain, ...] | None = None
     min: float | None = None
     max: float | None = None
+    pattern: str | None = None
     help: str = ""
     bounded: Place | None = None  # where a file changed what values are accepted, and left the default as it was
 
@@ -75,7 +77,7 @@ def declare(declarations: dict[str, Declaration], args: MappingValue | None, pro
             declarations[key] = _declaration(known or Declaration(str(key), key.place), value, problems)
             if "default" in value:
                 declarations[key] = declarations[key]._replace(bounded=None)
-            elif known is not None and any(name in value for name in ("type", "choices", "min", "max")):
+            elif known is not None and any(name in value for name in ("type", "choices", "min", "max", "pattern")):
                 declarations[key] = declarations[key]._replace(bounded=key.place)
         elif known is not None:
             declarations[key] = known._replace(default=value, bounded=None)
@@ -110,6 +112,8 @@ def _declaration(known: Declaration, value: MappingValue, problems: Collector) -
                 continue
             with problems.collecting():
                 made = made._replace(choices=tuple(plain_data(each) for each in item.items))
+        elif key == "pattern":
+            made = made._replace(pattern=_pattern(item, problems))
         elif key == "help":
             made = made._replace(help=str(item.content) if isinstance(item, Scalar) and item.content else "")
         else:
@@ -124,9 +128,23 @@ def _declaration(known: Declaration, value: MappingValue, problems: Collector) -
         made = made._replace(type="yaml")
     if made.type not in (None, "int", "float") and (made.min is not None or made.max is not None):
         problems.add(known.place, f"min and max need a number, and {known.name!r} is a {made.type}")
+    if made.type not in (None, "str", "path") and made.pattern is not None:
+        problems.add(known.place, f"pattern needs text, and {known.name!r} is a {made.type}")
     if made.min is not None and made.max is not None and made.min > made.max:
         problems.add(known.place, f"no value of {known.name!r} is at least {made.min} and at most {made.max}")
     return made
+
+
+def _pattern(item: Value, problems: Collector) -> str | None:
+    text = item.content if isinstance(item, Scalar) else 0
+    if text is None:
+        return None
+    try:
+        re.compile(text if isinstance(text, str) else "(")
+    except re.error as error:
+        problems.add(item.place, f"pattern must be a regular expression, as text in quotes ({error})")
+        return None
+    return str(text)
 
 
 def accept(declaration: Declaration, value: Plain, place: Place) -> Plain:
@@ -149,6 +167,9 @@ def accept(declaration: Declaration, value: Plain, place: Place) -> Plain:
         near = did_you_mean(value, known) if isinstance(value, str) and known else ""
         fix = near if near.startswith("did") else f"choose one of: {choices}"
         raise problem(place, f"{name!r} cannot be {_shown(value)}; it is one of {choices}", fix=fix)
+    if isinstance(value, str) and declaration.pattern is not None and not re.fullmatch(declaration.pattern, value):
+        fix = "give text of that form" + (f": {declaration.help}" if declaration.help else "")
+        raise problem(place, f"{name!r} cannot be {_shown(value)}; it does not match {declaration.pattern}", fix=fix)
     if isinstance(value, int | float):
         low, high = declaration.min, declaration.max
         if (low is not None and not value >= low) or (high is not None and not value <= high):

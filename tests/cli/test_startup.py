@@ -7,8 +7,20 @@ import subprocess
 import sys
 
 from forgather.cli.commands import COMMANDS
+from forgather.config.files import shipped_configs
 
-HEAVY = {"torch", "transformers", "numpy", "datasets", "tokenizers", "rich", "pandas", "pyarrow"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "numpy",
+    "datasets",
+    "tokenizers",
+    "rich",
+    "pandas",
+    "pyarrow",
+    "aiohttp",
+    "cryptography",
+}
 ROUNDS = 5
 
 # Runs each command line of its first argument in turn; says for each the exit code and what heavy has been imported.
@@ -49,6 +61,9 @@ def test_help_and_ls_cost_a_small_part_of_importing_torch(project):
 
 
 def test_commands_that_only_read_import_nothing_heavy(project):
+    shipped = str(shipped_configs() / "tiny_llama")
+    words = [["--recompute", "foo"], ["--recompute", "0"], ["--run-name", "../x"], ["--run-name", ""], ["--lr", "-1"]]
+    refused = [["-p", shipped, "train", *pair] for pair in words]
     lines = [
         ["--help"],
         ["--version"],
@@ -62,6 +77,7 @@ def test_commands_that_only_read_import_nothing_heavy(project):
         ["code"],
         ["project", "new", "fresh"],
         *([command, "--help"] for command in COMMANDS),
+        *refused,
     ]
     done = subprocess.run(
         [sys.executable, "-c", _REPORT, json.dumps(sorted(HEAVY)), json.dumps(lines)],
@@ -71,5 +87,5 @@ def test_commands_that_only_read_import_nothing_heavy(project):
     )
     assert done.returncode == 0, done.stderr
     assert dict(zip(map(" ".join, lines), json.loads(done.stdout), strict=True)) == {
-        " ".join(line): [0, []] for line in lines
+        " ".join(line): [2 if line in refused else 0, []] for line in lines
     }

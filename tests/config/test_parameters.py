@@ -103,6 +103,11 @@ def test_defaults_are_expressions_over_other_parameters(load: Load):
         ("{a: {type: int, default: 20, min: 1, max: 9}}", "out of bounds: 1 to 9"),
         ("{a: {type: str, default: fats, choices: [fast, slow]}}", "did you mean 'fast'?"),
         ("{a: {type: int, default: 3, choices: [1, 2]}}", "'a' cannot be 3; it is one of 1, 2"),
+        ("{a: {type: str, default: x/y, pattern: '[a-z]+'}}", "'a' cannot be 'x/y'; it does not match [a-z]+"),
+        ("{a: {type: str, default: '', pattern: '[a-z]+', help: A word}}", "'a' cannot be ''"),
+        ("{a: {type: str, default: x, pattern: '('}}", "pattern must be a regular expression"),
+        ("{a: {type: str, default: x, pattern: 3}}", "pattern must be a regular expression"),
+        ("{a: {type: int, default: 1, pattern: '1'}}", "pattern needs text, and 'a' is a int"),
         ("{a: {type: int, default: null}}", "give a value, or declare it as int?"),
     ],
 )
