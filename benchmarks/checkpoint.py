@@ -62,6 +62,9 @@ class State:
         mesh = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("shard",))
         self.model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(layers)))
         for layer in self.model:
+            # The default would let the values shrink from layer to layer to denormal ones, with which some processors
+            # are a hundred times slower.
+            nn.init.normal_(layer.weight, std=WIDTH**-0.5)
             fully_shard(layer, mesh=mesh)
         fully_shard(self.model, mesh=mesh)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
