@@ -1,10 +1,9 @@
 """The flags by which a command finds a DiLoCo server and proves who it is."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from forgather.cli.options import Options
-from forgather.cli.parser import CommandParser, UsageError
+from forgather.cli.parser import CommandParser
 
 if TYPE_CHECKING:
     from forgather.diloco.address import ServerAddress
@@ -30,18 +29,12 @@ def add_connection_flags(parser: CommandParser, *, default: str | None = DEFAULT
 
 def server_address(options: Options) -> "ServerAddress":
     """The server that the flags name."""
-    from forgather.diloco.address import parse_address
-    from forgather.diloco.security import token_of_client
+    from forgather.diloco.address import server_named
 
-    if (options.tls_cert is None) != (options.tls_key is None):
-        raise UsageError("--tls-cert and --tls-key are given together, or neither", fix="give both")
-    tls = None
-    if options.tls_ca is not None or options.tls_cert is not None:
-        from forgather.diloco.certificates import client_context
-
-        tls = client_context(_path(options.tls_ca), _path(options.tls_cert), _path(options.tls_key))
-    return parse_address(options.server, tls=tls, token=token_of_client(_path(options.token_file)))
-
-
-def _path(text: str | None) -> Path | None:
-    return None if text is None else Path(text)
+    return server_named(
+        options.server,
+        token_file=options.token_file,
+        tls_ca=options.tls_ca,
+        tls_cert=options.tls_cert,
+        tls_key=options.tls_key,
+    )

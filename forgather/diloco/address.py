@@ -2,13 +2,17 @@
 
 import http.client
 import json
+import os
 import re
 import socket
 import ssl
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from forgather.diloco.security import TOKEN_FILE_VARIABLE, SecurityError
+from forgather.diloco.security import TOKEN_FILE_VARIABLE, SecurityError, token_of_client
+from forgather.diloco.tls import client_context
 from forgather.errors import DistributedError, ForgatherError
 
 DEFAULT_PORT = 8512
@@ -100,6 +104,34 @@ class ServerAddress:
         except (ValueError, LookupError, TypeError, AttributeError):
             message, fix = f"it answered with HTTP status {status}", None
         return DistributedError(f"{self}: {message}", fix=fix)
+
+
+def server_named(
+    text: str,
+    *,
+    token_file: str | Path | None = None,
+    tls_ca: str | Path | None = None,
+    tls_cert: str | Path | None = None,
+    tls_key: str | Path | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> ServerAddress:
+    """The server at `text`, and what proves who asks: the files that are given, or those that the environment names.
+
+    FORGATHER_DILOCO_TOKEN_FILE, FORGATHER_DILOCO_TOKEN, and for TLS FORGATHER_DILOCO_TLS_CA, _TLS_CERT and _TLS_KEY.
+    """
+    environ = os.environ if environ is None else environ
+
+    def chosen(given: str | Path | None, name: str) -> Path | None:
+        found = given or environ.get(f"FORGATHER_DILOCO_{name}")
+        return Path(found).expanduser() if found else None
+
+    authority, certificate, key = chosen(tls_ca, "TLS_CA"), chosen(tls_cert, "TLS_CERT"), chosen(tls_key, "TLS_KEY")
+    tls = (
+        None
+        if authority is None and certificate is None and key is None
+        else client_context(authority, certificate, key)
+    )
+    return parse_address(text, tls=tls, token=token_of_client(chosen(token_file, "TOKEN_FILE"), environ))
 
 
 def parse_address(

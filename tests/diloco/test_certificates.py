@@ -9,8 +9,10 @@ import threading
 import pytest
 from cryptography import x509
 
-from forgather.diloco.certificates import client_context, is_for, make_certificates, own_names, server_context
+from forgather.diloco.address import server_named
+from forgather.diloco.certificates import is_for, make_certificates, own_names
 from forgather.diloco.security import SecurityError
+from forgather.diloco.tls import client_context, server_context
 
 
 @pytest.fixture(scope="module")
@@ -160,3 +162,18 @@ def test_files_that_do_not_fit_are_named(folder, stranger, tmp_path):
     (tmp_path / "ca-key.pem").write_bytes((stranger / "ca-key.pem").read_bytes())
     with pytest.raises(SecurityError, match="not the key of its"):
         make_certificates(tmp_path)
+
+
+def test_a_client_finds_its_certificates_where_it_is_told(folder):
+    assert server_named("10.0.0.1", environ={}).tls is None
+    environ = {"FORGATHER_DILOCO_TLS_CA": str(folder / "ca.pem"), "FORGATHER_DILOCO_TOKEN": "t" * 20}
+    found = server_named("[::1]:99", environ=environ)
+    assert (found.host, found.port, str(found), found.token) == ("::1", 99, "[::1]:99", "t" * 20)
+    assert found.tls is not None
+    assert found.tls.get_ca_certs()
+    assert "tttt" not in repr(found)
+    with pytest.raises(SecurityError, match="together"):
+        server_named("10.0.0.1", tls_cert=folder / "worker.pem", environ=environ)
+    with pytest.raises(SecurityError, match="without TLS"):
+        server_named("http://10.0.0.1", environ=environ)
+    assert server_named("https://box.example.org", environ={}).tls is not None
