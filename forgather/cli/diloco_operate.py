@@ -1,4 +1,4 @@
-"""`forgather diloco status`, `control` and `cert`: looking at a server, telling it what to do, and its certificates."""
+"""`forgather diloco status`, `control`, `cert` and `package`: what is asked of a server, and what its clients need."""
 
 import json
 import math
@@ -56,6 +56,18 @@ def add_cert(parser: CommandParser) -> None:
     verb.add_argument("--days", type=_days, default=825, metavar="N", help="how long they are valid (default: 825)")
 
 
+def add_package(parser: CommandParser) -> None:
+    """`package`."""
+    verb = parser.add_verb("package", "Fetch the model package and tokenizer that a server has")
+    verb.add_argument("folder", metavar="DIR", help="where a folder of the package is made")
+    add_connection_flags(verb)
+    verb.add_argument(
+        "--trust-server-code",
+        action="store_true",
+        help="take a package with Python in it, which loading its model runs with your rights",
+    )
+
+
 def status(options: Options) -> int:
     """Print it once, or until Ctrl-C."""
     from forgather.diloco.status import table
@@ -110,6 +122,14 @@ def cert(options: Options) -> int:
         print(f"{folder} has an authority and a server's certificate; --host and --client make more")
     print(f"server: --tls-cert {folder / 'server.pem'} --tls-key {folder / 'server-key.pem'}")
     print(f"workers: a copy of {folder / 'ca.pem'}, as --tls-ca; {folder / 'ca-key.pem'} stays here")
+    return EXIT_OK
+
+
+def package(options: Options) -> int:
+    """Fetch it, and print its folder."""
+    from forgather.diloco.package_service import fetch
+
+    print(fetch(server_address(options), Path(options.folder), trust_code=options.trust_server_code))
     return EXIT_OK
 
 

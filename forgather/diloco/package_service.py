@@ -6,6 +6,7 @@ Two workers are of one model when `package_digest` of their folders is equal.
 """
 
 import hashlib
+import http.client
 import io
 import json
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from forgather.diloco.address import ServerAddress
 from forgather.diloco.messages import ProtocolError
 from forgather.diloco.security import SecurityError
 from forgather.durable import appearing
@@ -85,6 +87,23 @@ def stage(content: bytes, digest: str, parent: Path, *, trust_code: bool, expect
     if expected is not None and package_digest(folder) != expected:
         raise ProtocolError("the server's package is not the one that its settings name", fix="restart the server")
     return folder
+
+
+def fetch(address: ServerAddress, parent: Path, *, trust_code: bool, timeout_s: float = 60.0) -> Path:
+    """Ask the server for its package, and stage it in `parent`; see `stage`."""
+    expected = address.ask("GET", "/v1/settings").get("package")
+    connection = address.connection(timeout_s)
+    try:
+        connection.request("GET", "/v1/package", headers=address.headers)
+        answer = connection.getresponse()
+        content = answer.read(MAX_BYTES + 1)
+    except (OSError, http.client.HTTPException) as error:
+        raise address.unreachable(error) from error
+    finally:
+        connection.close()
+    if answer.status != 200:
+        raise address.refused(answer.status, content)
+    return stage(content, answer.headers.get(DIGEST_HEADER, ""), parent, trust_code=trust_code, expected=expected)
 
 
 def package_digest(folder: Path) -> str:
