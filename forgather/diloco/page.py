@@ -92,7 +92,7 @@ def _content(status: Status) -> Iterator[str]:
         yield "<h2>Rounds</h2><div class=charts>"
         for title, key in (
             ("Loss, nats/token", "loss"),
-            ("Norm of the mean change", "norm"),
+            ("Largest norm of a contribution", "norm"),
             ("Time of a round, s", "seconds"),
         ):
             yield f"<figure><figcaption>{title}</figcaption>{curves(_series(history, key), over='version')}"
