@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Two workers on two cores; each pins its maths to one thread so that ranks do not fight for them.
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: install lint test soak bench demo clean
+.PHONY: install lint test soak faults bench demo clean
 .DEFAULT_GOAL := test
 
 install: $(STAMP)
@@ -32,6 +32,10 @@ test: $(STAMP)
 soak: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --timeout 3600 -m "soak"
 
+# What may go wrong between a DiLoCo server and its workers, done to real processes, and the table of what comes of it.
+faults: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.diloco.faults
+
 # About two minutes of training on two CPU cores. Run again it continues, or finds the run finished.
 demo: $(STAMP)
 	$(BIN)/forgather -p configs/tiny_llama train --nproc 2
@@ -45,6 +49,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/construct.py
 	$(BIN)/python benchmarks/model_speed.py
+	$(BIN)/python benchmarks/diloco_exchange.py
 
 clean:
 	rm -rf $(VENV)
