@@ -63,8 +63,11 @@ def run(options: Options) -> int:
         # A rank that waits in a collective never comes back to Python to see an interrupt: let the signal end it.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         return _train(options)
-    # Mistakes in the config are found here, once, before any rank starts.
+    # Mistakes in the config are found here, once, before any rank starts; those in its values before torch is imported.
     project = options.project
+    for name, parameter in project.parameters.items():
+        if not parameter.is_required:  # whether it is used, only building shows
+            project.argument(name)
     device = project.argument("device") if "device" in project.parameters else None
     processes = options.nproc or (device != "cpu" and count_cuda_devices()) or 1
     extra = _of_torchrun(options)
