@@ -1,6 +1,6 @@
 """What does a mesh cost? Tokens/s, bytes and idle time of each against loops written by hand over the same primitives.
 
-    python benchmarks/parallel.py                  # about 5 minutes on two cores
+    python benchmarks/parallel.py                  # about 8 minutes on two cores
     python benchmarks/parallel.py --all            # meshes of 4 processes too
     python benchmarks/parallel.py --dose           # all of it runs, the figures say little
 
