@@ -18,7 +18,7 @@ import errno
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Self
 
 from aiohttp import web
 
@@ -160,6 +160,8 @@ async def _guarded(request: web.Request, handler: Handler) -> web.StreamResponse
 async def _answered(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Makes answers of refusals."""
     try:
+        if request.app[COORDINATOR].stopped.is_set() and request.method != "GET":
+            raise ProtocolError("the server is being shut down", status=503, fix="try again when it is back")
         return await handler(request)
     except ProtocolError as error:
         if error.status in (400, 413, 422):
@@ -167,6 +169,8 @@ async def _answered(request: web.Request, handler: Handler) -> web.StreamRespons
         return _refusal(error, error.status)
     except ForgatherError as error:
         return _refusal(error, 400)
+    except (ConnectionError, web.RequestPayloadError):
+        return _refusal(ProtocolError("the body was torn", fix="send it again"), 400)  # for whoever is still there
     except TimeoutError:
         return _refusal(ProtocolError("this request took too long to arrive", fix="send it again"), 408)
     except web.HTTPException as error:
@@ -213,7 +217,7 @@ async def _contribute(request: web.Request) -> web.Response:
         )
     answer = await coordinator.intake.verdict(identity, header)
     if answer is None:
-        answer = await coordinator.intake.receive(identity, header, plan, blocks.rest())
+        answer = await coordinator.intake.receive(member, identity, header, plan, blocks)
         coordinator.wake()
     member.bytes_up += blocks.received
     coordinator.bytes_up += blocks.received
@@ -309,7 +313,7 @@ async def _probe(request: web.Request) -> web.StreamResponse:
     if not 0 <= wanted <= MAX_PROBE_BYTES or (request.content_length or 0) > MAX_PROBE_BYTES:
         raise ProtocolError(f"a probe has at most {MAX_PROBE_BYTES:,} bytes", status=413)
     blocks = _Blocks(request)
-    async for _ in blocks.rest():
+    async for _ in blocks:
         pass
     if not wanted:
         return web.json_response({"received": blocks.received})
@@ -344,18 +348,17 @@ class _Blocks:
         length = header_length(await self._exactly(4))
         return await self._exactly(length)
 
-    async def rest(self) -> AsyncIterator[bytes]:
+    def __aiter__(self) -> Self:
         """What is left, as it comes."""
-        content = self._request.content
-        async with asyncio.timeout(None) as timeout:
-            while True:
-                timeout.reschedule(min(self._loop.time() + self._idle_s, self._until))
-                block = await content.readany()
-                timeout.reschedule(None)  # what is done with a block is not the client's time
-                if not block:
-                    return
-                self.received += len(block)
-                yield block
+        return self
+
+    async def __anext__(self) -> bytes:
+        async with asyncio.timeout_at(min(self._loop.time() + self._idle_s, self._until)):
+            block = await self._request.content.readany()
+        if not block:
+            raise StopAsyncIteration
+        self.received += len(block)
+        return block
 
     async def _exactly(self, length: int) -> bytes:
         try:
@@ -383,7 +386,7 @@ async def _json(request: web.Request, most: int = MAX_JSON_BYTES) -> Any:
     if (request.content_length or 0) > most:
         raise ProtocolError(f"a body of {request.content_length:,} bytes; the most is {most:,}", status=413)
     data = bytearray()
-    async for block in _Blocks(request).rest():
+    async for block in _Blocks(request):
         data += block
         if len(data) > most:
             raise ProtocolError(f"a body of more than {most:,} bytes", status=413)

@@ -157,7 +157,7 @@ def _mean(
         weight = share.weight * share.scale * damping
         is_values = share.held.header.content == "values"
         from_values += weight if is_values else 0.0
-        for part, number in share.held.by_name[name]:
+        for part, number in share.held.by_name.get(name, ()):
             each = part.header.slices[number]
             encoded, decoder = part.encoded(number), codec(part.header.codec)
             for start, target in pieces(box_of(mean, each)):

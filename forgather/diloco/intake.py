@@ -5,13 +5,14 @@ before room is taken for it.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import Executor
+from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
+from concurrent.futures import Executor, Future
 
 import xxhash
 
 from forgather.diloco.contribution import Held, Part, Plan, plan_payload, require_whole, squared_norm
 from forgather.diloco.fragment_values import FragmentValues
+from forgather.diloco.members import Member
 from forgather.diloco.messages import Accepted, Closed, Contribution, Identity, ProtocolError, Settings
 from forgather.diloco.rounds import Rounds, Verdict
 from forgather.diloco.spool import Room, Spool, refusal
@@ -45,9 +46,11 @@ class Intake:
         """A contribution whose parts are all there."""
         return self._held[fragment, worker, round]
 
-    def waiting(self, fragment: int) -> list[Held]:
-        """What has come for the open round, complete or not."""
-        return [held for (number, _, _), held in self._held.items() if number == fragment]
+    def close(self) -> None:
+        """Give back all room."""
+        for held in self._held.values():
+            held.release()
+        self._held.clear()
 
     def plan(self, identity: Identity, header: Contribution) -> Plan:
         """What a payload must be like; ProtocolError unless it can be part of a contribution."""
@@ -88,7 +91,7 @@ class Intake:
         return self.rounds.verdict(identity.worker, identity.round, identity.fragment)
 
     async def receive(
-        self, identity: Identity, header: Contribution, plan: Plan, blocks: AsyncIterator[bytes]
+        self, member: Member, identity: Identity, header: Contribution, plan: Plan, blocks: AsyncIterable[bytes]
     ) -> Accepted | Closed:
         """Take the payload of a part for which there was no other answer."""
         room = self._room(plan.num_bytes)
@@ -102,6 +105,8 @@ class Intake:
             answer = await self.verdict(identity, header)
             if answer is not None:
                 return answer
+            if self.rounds.members.get(identity.worker) is not member or member.state in ("left", "kicked"):
+                raise ProtocolError(f"{identity.worker} is no member any more", status=404, fix="register again")
             is_kept = True
             return self._keep(identity, Part(header, plan, room, square))
         finally:
@@ -124,33 +129,34 @@ class Intake:
         room: Room,
         plan: Plan,
         header: Contribution,
-        blocks: AsyncIterator[bytes],
+        blocks: AsyncIterable[bytes],
         is_wanted: Callable[[], bool],
     ) -> None:
         digest = xxhash.xxh3_64()
         received = 0
-        try:
-            async for block in blocks:
-                received += len(block)
-                if received > plan.num_bytes:
-                    raise ProtocolError(f"more than the {plan.num_bytes:,} bytes that the header tells of", status=422)
-                if not is_wanted():
-                    raise ProtocolError("this part is being sent again by another connection", status=409)
-                digest.update(block)
-                if (written := room.write(memoryview(block))) is not None:
-                    await asyncio.wrap_future(written)
-            if (written := room.finish()) is not None:
-                await asyncio.wrap_future(written)
-        except OSError as error:
-            if isinstance(error, ConnectionError):
-                raise
-            refused = refusal(self.spool.folder, error)
-            self.trouble = refused.message
-            raise refused from error
+        async for block in blocks:
+            received += len(block)
+            if received > plan.num_bytes:
+                raise ProtocolError(f"more than the {plan.num_bytes:,} bytes that the header tells of", status=422)
+            if not is_wanted():
+                raise ProtocolError("this part is being sent again by another connection", status=409)
+            digest.update(block)
+            await self._written(room.write(memoryview(block)))
+        await self._written(room.finish())
         if received != plan.num_bytes:
             raise ProtocolError(f"{received:,} bytes of {plan.num_bytes:,} have come", status=400, fix="send it again")
         if digest.hexdigest() != header.digest:
             raise ProtocolError("the payload does not have the digest that its header says", fix="send it again")
+
+    async def _written(self, writing: "Future[None] | None") -> None:
+        if writing is None:
+            return
+        try:
+            await asyncio.wrap_future(writing)
+        except OSError as error:
+            refused = refusal(self.spool.folder, error)
+            self.trouble = refused.message
+            raise refused from error
 
     def _keep(self, identity: Identity, part: Part) -> Accepted:
         key = (identity.fragment, identity.worker, identity.round)
@@ -185,15 +191,15 @@ class Intake:
             self.rounds.withdrawn(worker, round, fragment)
             held.release()
 
-    def drop_all_of(self, worker: str) -> Mapping[tuple[int, str, int], Held]:
+    def drop_all_of(self, worker: str) -> list[Held]:
         """Forget what a worker has sent for rounds that are not being closed; returns that."""
-        dropped = {
-            key: held
-            for key, held in self._held.items()
+        dropped = [
+            held
+            for held in self._held.values()
             if held.worker == worker and (worker, held.round) not in self.rounds.rounds[held.fragment].closing
-        }
-        for key in dropped:
-            self.drop(*key)
+        ]
+        for held in dropped:
+            self.drop(held.fragment, worker, held.round)
         return dropped
 
     def drop_past(self, fragment: int) -> None:

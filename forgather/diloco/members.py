@@ -8,6 +8,7 @@ Nothing here waits or knows a network: time is given by `clock`, in seconds.
 
 import hashlib
 import hmac
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from typing import Any, Literal
 from forgather.diloco.messages import Beat, Heartbeat, ProtocolError, Register
 
 Command = Literal["save", "stop", "abort"]
+_MOST = 200  # letters of what a worker says of itself
 
 
 @dataclass
@@ -102,7 +104,7 @@ class Members:
         if there is None or outcome == "another":
             there = Member(request.worker, digest_of_key(request.key))
             self._by_name[request.worker] = there
-        there.host, there.mesh = request.host, request.mesh
+        there.host, there.mesh = _printable(request.host), _printable(request.mesh)
         there.state, there.is_present, there.renewed_at = "live", True, self._clock()
         return outcome
 
@@ -123,8 +125,8 @@ class Members:
             kicked.state = "left"  # it has heard it; should it be started again, it may come back
             return Beat(sync_every(kicked), "stop")
         member = self.require(name, key)
-        member.steps, member.loss = heartbeat.steps, heartbeat.loss
-        member.steps_per_s, member.tokens_per_s = heartbeat.steps_per_s, heartbeat.tokens_per_s
+        member.steps, member.loss = heartbeat.steps, _finite(heartbeat.loss)
+        member.steps_per_s, member.tokens_per_s = _finite(heartbeat.steps_per_s), _finite(heartbeat.tokens_per_s)
         command, member.command = member.command, None
         return Beat(sync_every(member), command)
 
@@ -191,4 +193,14 @@ class Members:
 
 def digest_of_key(key: str) -> str:
     """What is kept of a key."""
-    return hashlib.sha256(key.encode()).hexdigest()
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _printable(text: str) -> str:
+    """What can stand in a log and on a page."""
+    return "".join(letter for letter in text[:_MOST] if letter.isprintable())
+
+
+def _finite(number: float | None) -> float | None:
+    """A measurement, if it is one."""
+    return number if number is not None and math.isfinite(number) else None

@@ -17,6 +17,7 @@ from forgather.errors import ConfigError
 
 Member: TypeAlias = tuple[str, int]  # a worker, and the round that its contribution names
 Verdict: TypeAlias = Literal["take", "held", "counted", "wait"]
+_MOST_SECONDS = 1e9
 
 
 @dataclass
@@ -73,8 +74,10 @@ class Rounds:
             raise ConfigError(
                 f"num_workers {wanted} is below min_workers {least}", fix=f"num_workers {least}, or a lower min_workers"
             )
-        if round_timeout_s is not None and not 0 <= round_timeout_s < float("inf"):
-            raise ConfigError(f"round_timeout_s is {round_timeout_s}", fix="seconds, or 0 to wait for everybody")
+        if round_timeout_s is not None and not (
+            isinstance(round_timeout_s, int | float) and 0 <= round_timeout_s <= _MOST_SECONDS
+        ):
+            raise ConfigError(f"round_timeout_s is {round_timeout_s!r}", fix="seconds, or 0 to wait for everybody")
         if round_timeout_s is not None:
             self.round_timeout_s = round_timeout_s or None
         if num_workers is not None:
@@ -133,7 +136,8 @@ class Rounds:
         if (worker, round) in there.replay[0]:
             return "take"
         due = next((named for name, named in there.replay[0] if name == worker), None)
-        if due is not None and (worker, due) not in there.complete and not there.closing:
+        is_missing = due is not None and (worker, due) not in there.complete and not there.closing
+        if self.mode == "sync" and is_missing:
             return Closed(there.version)  # what it sent for this round before is wanted first
         return "wait"
 
@@ -166,11 +170,11 @@ class Rounds:
                 there.replay.clear()  # its lease has run out: what it sent before will not come again
             else:
                 return []
+        if self.mode == "async":
+            return there.complete[:1]
         self._look_whether_all_came()
         if self._awaited:
             return []
-        if self.mode == "async":
-            return there.complete[:1]
         if len(there.complete) < self.min_workers:
             return []
         names = {worker for worker, _ in there.complete}

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from forgather.checkpoint.document import Json, join, split
 from forgather.checkpoint.layout import Layout
+from forgather.checkpoint.part import write_all
 from forgather.checkpoint.storage import dtype_of
 from forgather.diloco.fragment_values import FragmentValues
 from forgather.diloco.messages import Version, parse_json
@@ -44,7 +45,8 @@ class OuterState(Protocol):
 class ServerState:
     """The live objects of a server, as `CheckpointStore` saves and loads them.
 
-    `document` gives the state that is no tensor, as it is to be found after a restart, and `accept_document` takes it.
+    `document` is the state that is no tensor, as it is to be found after a restart, set by whoever saves;
+    `accept_document` takes what was saved.
     """
 
     mesh: Mapping[str, int] = {}
@@ -54,7 +56,6 @@ class ServerState:
         fragments: Sequence[FragmentValues],
         outer: OuterState,
         constants: Mapping[str, Tensor],
-        document: Callable[[], dict[str, Any]],
         accept_document: Callable[[Mapping[str, Any]], None],
         extras: Mapping[str, Stateful],
     ) -> None:
@@ -63,7 +64,7 @@ class ServerState:
         self.constants = dict(constants)
         self.extras: dict[str, Any] = {EXTRA: None, **extras}
         self._others = extras
-        self._document = document
+        self.document: dict[str, Any] = {}
         self._accept_document = accept_document
         self.moving: int | None = None  # the fragment whose change is made and not applied yet
 
@@ -80,7 +81,7 @@ class ServerState:
                 before = fragment.version if is_moving else fragment.changed_from
                 assert before is not None, "a change leads from somewhere"
                 changes[str(number)] = {"from": before.to_json(), "is_applied": not is_moving}
-        own = self._document() | {"changes": changes, "outer": self.outer.describe()}
+        own = self.document | {"changes": changes, "outer": self.outer.describe()}
         extras, others = split({name: extra.state_dict() for name, extra in self._others.items()}, "extras")
         assert isinstance(extras, dict), "a dict of states becomes a dict"
         return tensors | others, {"optimizer": {}, "extras": {EXTRA: own, **extras}, "random": {}}
@@ -155,7 +156,7 @@ class Journal:
         with self.path.open("ab", buffering=0) as file:
             before = file.tell()
             try:
-                file.write(line.encode())
+                write_all(file.fileno(), memoryview(line.encode()))
                 os.fsync(file.fileno())
             except OSError:
                 os.ftruncate(file.fileno(), before)
@@ -185,8 +186,10 @@ class Journal:
                 raise CheckpointError(
                     f"{self.path} is damaged: {line[:60]!r}", fix=f"remove it, to go on without: {self.path}"
                 ) from error
-            if number == versions[fragment].number + len(rounds[fragment]) + 1:
-                rounds[fragment].append(found)
+            place = number - versions[fragment].number - 1
+            if 0 <= place <= len(rounds[fragment]) and rounds[fragment][place : place + 1] != [found]:
+                # What was made again as it was is nothing new; if others made it, what came after is not to come again.
+                rounds[fragment][place:] = [found]
         return rounds
 
 

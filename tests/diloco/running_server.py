@@ -14,9 +14,10 @@ from torch import Tensor
 
 from forgather.checkpoint.run_folder import RunFolder
 from forgather.diloco.application import serving
-from forgather.diloco.coordinator import Coordinator, OuterOptimizer
+from forgather.diloco.coordinator import Coordinator
 from forgather.diloco.messages import Settings
 from forgather.diloco.outer import Nesterov
+from forgather.diloco.publisher import OuterOptimizer
 
 T = TypeVar("T")
 TOKEN = "token-of-the-tests"

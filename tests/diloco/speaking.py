@@ -17,6 +17,8 @@ from forgather.diloco.pieces import box_of
 from forgather.diloco.slices import covering_ranges
 from tests.diloco.running_server import RunningServer
 
+NO_VERSION = Version(0, "")
+
 
 @dataclass
 class Reply:
@@ -100,7 +102,7 @@ class Speaker:
         slices: Sequence[Slice] | None = None,
         content: Any = "differences",
         upload: str = "fp32",
-        base: Version = Version(0, ""),
+        base: Version = NO_VERSION,
         **others: Any,
     ) -> tuple[Contribution, bytes]:
         """The header and the payload of a part."""
@@ -149,14 +151,13 @@ class Speaker:
         for each, digest in zip(slices, header.digests, strict=True):
             value = result[each.name]
             if header.content == "change":
-                decoder = codec(header.codec)
+                decoder, whole_change = codec(header.codec), torch.zeros_like(value)
                 for start, stop in covering_ranges(tuple(value.shape), each, BLOCK):
                     length = decoder.encoded_bytes(stop - start)
                     encoded = torch.frombuffer(bytearray(payload[at : at + length]), dtype=torch.uint8)
-                    change = torch.empty(stop - start)
-                    decoder.decode(encoded, stop - start, change)
-                    value.view(-1)[start:stop] += change
+                    decoder.decode(encoded, stop - start, whole_change.view(-1)[start:stop])
                     at += length
+                box_of(value, each).add_(box_of(whole_change, each))
             else:
                 box = box_of(value, each)
                 raw = bytearray(payload[at : at + 4 * each.numel])

@@ -1,0 +1,283 @@
+"""Makes versions: outer step, save or journal, publish. One after the other, and nothing half done is ever seen.
+
+    combine       master values and change, in the outer thread; the published values are still the old ones
+    save          or a line of the journal: from here on the version cannot be lost
+    move          the published values become the new ones; whoever was reading is to ask again
+
+A disk that refuses is asked again until it takes the version, or the server is to end: that round is then made again by
+the next, from the contributions that the workers have kept.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any, Protocol, cast
+
+from torch import Tensor
+
+from forgather.checkpoint.folder import cause_of
+from forgather.checkpoint.keep import Keep
+from forgather.checkpoint.run_folder import RunFolder
+from forgather.checkpoint.state import TrainState
+from forgather.checkpoint.store import CheckpointStore
+from forgather.diloco.combine import Guard, Share, combine, lineage, shares
+from forgather.diloco.contribution import Held
+from forgather.diloco.fragment_values import FragmentValues
+from forgather.diloco.intake import Intake
+from forgather.diloco.ledger import Ledger
+from forgather.diloco.messages import ProtocolError, Version
+from forgather.diloco.rounds import Rounds
+from forgather.diloco.server_state import Journal, OuterState, ServerState
+from forgather.errors import CheckpointError, ConfigError
+
+HISTORY = 200
+RETRY_S = 2.0  # after a disk has refused to save
+
+
+class OuterOptimizer(OuterState, Protocol):
+    """What a server needs of an outer optimizer."""
+
+    def require_parameters(self, parameters: Mapping[str, Sequence[int]]) -> None: ...
+
+    def step(self, name: str, master: Tensor, mean: Tensor) -> None: ...
+
+
+class StoppingError(Exception):
+    """The server ends while something was still to be done, which then was not."""
+
+
+class Publisher:
+    """Closes rounds, and keeps what they have made in the run folder `run`.
+
+    `document` gives the state that is no tensor, as it will be when the version that is being made is published.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        fragments: Sequence[FragmentValues],
+        rounds: Rounds,
+        intake: Intake,
+        outer: OuterOptimizer,
+        guard: Guard,
+        staleness: Callable[[int], float],
+        ledger: Ledger | None,
+        clock: Callable[[], float],
+        *,
+        save_every: int,
+        keep: Keep | None,
+        constants: Mapping[str, Tensor],
+        document: Callable[[], dict[str, Any]],
+        accept_document: Callable[[Mapping[str, Any]], None],
+        stopped: asyncio.Event,
+    ) -> None:
+        if save_every < 1:
+            raise ConfigError(f"save_every is {save_every}", fix="--save-every 1, or another whole number from 1")
+        self.run = run
+        self.trouble: str | None = None  # why it cannot save at the moment
+        self.num_refused = 0
+        self.history: deque[dict[str, Any]] = deque(maxlen=HISTORY)
+        self.making: tuple[int, Version] | None = None  # the version that is made and not published yet, of a fragment
+        self._fragments = fragments
+        self._rounds = rounds
+        self._intake = intake
+        self._outer = outer
+        self._guard = guard
+        self._staleness = staleness
+        self._ledger = ledger
+        self._clock = clock
+        self._save_every = save_every
+        self._document = document
+        self._stopped = stopped
+        self._unsaved = 0  # versions since the last save
+        self._later: dict[str, float] = {}  # settings of the outer optimizer that wait for the end of its step
+        self._lock = asyncio.Lock()  # over outer steps and saving
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="outer")
+        self._state = ServerState(
+            fragments, outer, constants, accept_document, {} if ledger is None else {"work_units": ledger}
+        )
+        self._store = CheckpointStore(run, keep, asynchronous=False)
+        self._journal = Journal(run.dir / "journal.jsonl")
+
+    @property
+    def step(self) -> int:
+        """How many versions were made, over all fragments: the step of a checkpoint."""
+        return sum(each.version.number for each in self._fragments) + (self.making is not None)
+
+    def load(self) -> None:
+        """Go on from the newest checkpoint, and let the rounds since then be made again; or save what it begins with.
+
+        A start is saved too: a server that is started again begins with the same values, whatever has become of the
+        model's folder.
+        """
+        newest = self._store.resume(cast(TrainState, self._state))  # it has what a store needs of one
+        if newest is None:
+            self._state.document = self._document()
+            self._write(may_clear=True)
+            return
+        self._mark_durable()
+        again = self._journal.after([each.version for each in self._fragments])
+        for fragment, closed in enumerate(again):
+            self._rounds.replay(fragment, closed)
+        number = sum(map(len, again))
+        self.run.say(
+            f"going on from {newest.path}" + (f"; {number} rounds since then are to be made again" if number else "")
+        )
+
+    async def close_round(self, fragment: int, contributors: Sequence[tuple[str, int]]) -> None:
+        """Make the next version of a fragment of these contributions. StoppingError when the server ends before."""
+        async with self._lock:
+            await self._close_round(fragment, contributors)
+
+    async def _close_round(self, fragment: int, contributors: Sequence[tuple[str, int]]) -> None:
+        began = time.perf_counter()
+        self._apply_later()
+        there, before = self._fragments[fragment], self._fragments[fragment].version
+        helds = [self._intake.held(fragment, *each) for each in contributors]
+        opened_at = self._rounds.rounds[fragment].opened_at
+        self._rounds.close(fragment, contributors)
+        there.begin()
+        taken = shares(helds, self._guard)
+        damping = 1.0
+        if self._rounds.mode == "async":
+            damping = self._staleness(max(0, before.number - helds[0].header.base.number))
+        await self._in_thread(
+            lambda: combine(taken, there.master, there.published, self._outer, there.change, damping=damping)
+        )
+        version = Version(before.number + 1, lineage(before.lineage, taken))
+        self._note(fragment, version, helds, taken, self._clock() - opened_at)
+        self.making, self._state.moving = (fragment, version), fragment
+        is_saved = self._unsaved + 1 >= self._save_every
+        if is_saved:
+            await self._retried(self._save)
+        else:
+            await self._retried(lambda: self._in_thread(lambda: self._journal.add(fragment, version, contributors)))
+        there.move_begins()
+        await self._in_thread(there.move)
+        there.moved(version, before)
+        self.making = self._state.moving = None
+        self._unsaved = 0 if is_saved else self._unsaved + 1
+        if is_saved:
+            self._mark_durable()
+        self._rounds.published(fragment, version)
+        for held in helds:
+            self._intake.drop(fragment, held.worker, held.round)
+        self._intake.drop_past(fragment)
+        self.history[-1]["outer_s"] = round(time.perf_counter() - began, 4)
+
+    def _note(
+        self, fragment: int, version: Version, helds: Sequence[Held], taken: Sequence[Share], seconds: float
+    ) -> None:
+        """What the history and the ledger know of a version."""
+        names = {share.held.worker for share in taken}
+        members = self._rounds.members
+        losses = []
+        for held in helds:
+            if self._ledger is not None:
+                tell = self._ledger.count if held.worker in names else self._ledger.refuse
+                tell(held.worker, held.consumed)
+            if held.worker not in names:
+                self.num_refused += 1
+                self.run.say(f"{held.worker}'s contribution to round {held.round} is left out: norm {held.norm:.3g}")
+            member = members.get(held.worker)
+            if member is not None and member.loss is not None:
+                losses.append((held.header.tokens, member.loss))
+        tokens = sum(weight for weight, _ in losses)
+        self.history.append(
+            {
+                "fragment": fragment,
+                "version": version.number,
+                "workers": [held.worker for held in helds],
+                "refused": [held.worker for held in helds if held.worker not in names],
+                "clipped": [share.held.worker for share in taken if share.scale < 1],
+                "tokens": sum(held.header.tokens for held in helds),
+                "norm": max(share.held.norm for share in taken),
+                "seconds": round(seconds, 4),
+                "loss": sum(weight * loss for weight, loss in losses) / tokens if losses else None,
+                "time": time.time(),
+            }
+        )
+
+    async def save(self) -> None:
+        """Save now; nothing is written where nothing is new. ProtocolError (507) when the disk refuses."""
+        if self.trouble is not None:
+            raise ProtocolError(f"it cannot save: {self.trouble}", status=507)
+        async with self._lock:
+            try:
+                await self._save()
+            except CheckpointError as error:
+                raise ProtocolError(error.message, status=507, fix=error.fix) from error
+            self._unsaved = 0
+            self._mark_durable()
+
+    async def _save(self) -> None:
+        self._state.document = self._document()  # here, where nobody changes it meanwhile
+        may_clear = not any(each.replay for each in self._rounds.rounds)
+        await self._in_thread(lambda: self._write(may_clear=may_clear))
+
+    def _write(self, *, may_clear: bool) -> None:
+        self._store.save(cast(TrainState, self._state), self.step)
+        if may_clear:  # it says what is still to be made again; what is older is passed over
+            self._journal.clear()
+
+    async def _retried(self, write: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            try:
+                await write()
+            except (CheckpointError, OSError) as error:
+                cause = cause_of(error)
+                if cause != self.trouble:
+                    self.trouble = cause
+                    self.run.say(f"warning: {cause}; trying again every {RETRY_S:g} s")
+            else:
+                self.trouble = None
+                return
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._stopped.wait(), RETRY_S)
+            if self._stopped.is_set():
+                raise StoppingError
+
+    def _mark_durable(self) -> None:
+        for fragment in self._fragments:
+            fragment.durable = fragment.version.number
+
+    async def _in_thread(self, call: Callable[[], object]) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._thread, call)
+
+    def require_outer(self, **rates: float) -> None:
+        """ConfigError unless the outer optimizer has `lr` and `momentum`, as far as they are given, and takes these."""
+        for name, rate in rates.items():
+            if not hasattr(self._outer, name):
+                raise ConfigError(f"{self._outer.describe()} has no {name}", fix="restart the server with another")
+            _require_rate(name, rate)
+
+    def set_outer(self, **rates: float) -> None:
+        """Change `lr` or `momentum` of the outer optimizer, when its step has ended."""
+        self._later |= rates
+        if not self._lock.locked():
+            self._apply_later()
+
+    def _apply_later(self) -> None:
+        for name, rate in self._later.items():
+            setattr(self._outer, name, rate)
+        self._later.clear()
+
+    async def close(self) -> None:
+        """Save what is not saved, where the disk takes it, and let go of everything."""
+        try:
+            if self.trouble is None:
+                await self._save()
+        finally:
+            self._thread.shutdown()
+            self._store.close()
+
+
+def _require_rate(name: str, rate: float) -> None:
+    is_number = isinstance(rate, int | float) and not isinstance(rate, bool)
+    if name == "lr" and not (is_number and 0 < rate < float("inf")):
+        raise ConfigError(f"outer_lr is {rate!r}", fix="outer_lr: 0.7, or 1 for averaging")
+    if name == "momentum" and not (is_number and 0 <= rate < 1):
+        raise ConfigError(f"outer_momentum is {rate!r}", fix="outer_momentum: 0.9, or 0 for averaging")

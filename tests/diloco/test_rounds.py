@@ -1,0 +1,373 @@
+"""When rounds close and who counts, without network and without waiting."""
+
+from collections.abc import Sequence
+
+import pytest
+
+from forgather.diloco.members import Members
+from forgather.diloco.messages import Closed, Heartbeat, ProtocolError, Register, Version
+from forgather.diloco.rounds import Rounds
+from forgather.errors import ConfigError
+
+
+class Time:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Server:
+    """Members and rounds of one or several fragments, and what the tests do to them."""
+
+    def __init__(
+        self, num_fragments: int = 1, *, lease_s: float = 30.0, num_workers: int = 2, **others: object
+    ) -> None:
+        self.time = Time()
+        self.members = Members(lease_s, self.time)
+        versions = [Version(0, "start")] * num_fragments
+        self.rounds = Rounds(versions, self.members, self.time, num_workers=num_workers, **others)  # type: ignore[arg-type]
+
+    def come(self, *names: str) -> None:
+        for name in names:
+            self.members.register(Register(name, key_of(name)))
+            self.rounds.came(name)
+
+    def bring(self, *names: str, round: int | None = None, fragment: int = 0) -> None:
+        number = self.rounds.rounds[fragment].version.number if round is None else round
+        for name in names:
+            assert self.rounds.verdict(name, number, fragment) == "take"
+            self.rounds.completed(name, number, fragment)
+
+    def due(self, fragment: int = 0) -> list[str]:
+        return [worker for worker, _ in self.rounds.due(fragment)]
+
+    def close(self, fragment: int = 0) -> Sequence[tuple[str, int]]:
+        """Close the round that is due; returns who was in it."""
+        members = self.rounds.due(fragment)
+        assert members, "nothing is due"
+        self.rounds.close(fragment, members)
+        number = self.rounds.rounds[fragment].version.number + 1
+        self.rounds.published(fragment, Version(number, f"lineage-{number}"))
+        return members
+
+    def silent_for(self, seconds: float, *, but: Sequence[str] = ()) -> list[str]:
+        """Time passes, in which only some send heartbeats; returns who is dead then."""
+        self.time.now += seconds
+        for name in but:
+            self.members.require(name, key_of(name))
+        return self.members.expire()
+
+
+def key_of(name: str) -> str:
+    return f"key-of-{name}-0123456789"
+
+
+@pytest.mark.training_case(81)
+def test_the_first_round_waits_until_as_many_as_were_asked_for_have_come() -> None:
+    server = Server(num_workers=2)
+    server.come("a")
+    server.bring("a")
+    assert server.due() == []
+    assert server.rounds.is_waiting
+    server.come("b")
+    assert server.due() == []  # it has come, and is expected
+    server.bring("b")
+    assert server.due() == ["a", "b"]
+
+
+def test_a_deadline_does_not_let_the_first_round_pass_before_all_have_come() -> None:
+    server = Server(num_workers=2, round_timeout_s=5.0)
+    server.come("a")
+    server.bring("a")
+    server.time.now += 100
+    assert server.due() == []
+
+
+def test_contributors_are_in_the_order_of_their_names_whoever_came_first() -> None:
+    server = Server(num_workers=3)
+    server.come("c", "a", "b")
+    server.bring("b", "c", "a")
+    assert server.due() == ["a", "b", "c"]
+
+
+@pytest.mark.training_case(74)
+def test_death_lowers_the_number_of_workers_once_and_releases_who_waits() -> None:
+    server = Server(num_workers=2)
+    server.come("a", "b")
+    server.bring("a")
+    assert server.rounds.num_workers == 2
+    assert server.silent_for(31, but=["a"]) == ["b"]
+    assert server.members.expire() == []  # it is told once
+    assert server.rounds.num_workers == 1
+    assert server.due() == ["a"]
+
+
+@pytest.mark.training_case(74)
+def test_the_number_of_workers_follows_who_joins_and_registering_again_adds_nobody() -> None:
+    server = Server(num_workers=1, min_workers=1)
+    numbers = []
+    for name in ("a", "b", "b", "c"):
+        server.come(name)
+        numbers.append(server.rounds.num_workers)
+    assert numbers == [1, 2, 2, 3]
+    assert len(list(server.members)) == 3
+
+
+@pytest.mark.training_case(74)
+def test_fewer_than_the_least_number_of_workers_do_not_close_a_round() -> None:
+    server = Server(num_workers=2, min_workers=2)
+    server.come("a", "b")
+    server.bring("a")
+    server.silent_for(31, but=["a"])
+    assert server.rounds.num_workers == 2
+    assert server.due() == []
+    assert server.rounds.is_waiting
+    server.come("b")
+    server.bring("b")
+    assert server.due() == ["a", "b"]
+
+
+@pytest.mark.training_case(75)
+def test_numbers_of_workers_below_one_are_errors_and_no_lease_means_that_nobody_dies() -> None:
+    for numbers in ({"num_workers": 0}, {"num_workers": 2, "min_workers": 0}, {"num_workers": 1, "min_workers": 2}):
+        with pytest.raises(ConfigError, match="workers"):
+            Server(**numbers)  # type: ignore[arg-type]
+    server = Server(lease_s=0.0, num_workers=1)
+    server.come("a")
+    assert server.silent_for(1e9) == []
+    assert server.rounds.expected(0) == {"a"}
+
+
+@pytest.mark.training_case(77)
+def test_what_was_counted_is_counted_once_however_often_it_is_sent() -> None:
+    server = Server(num_workers=1)
+    server.come("a")
+    for _ in range(3):
+        server.bring("a")
+        server.close()
+    assert [server.rounds.verdict("a", round, 0) for round in range(4)] == ["counted", "counted", "counted", "take"]
+    assert server.members["a"].num_counted == 3
+
+
+@pytest.mark.training_case(79)
+def test_what_comes_too_late_is_to_be_sent_for_the_round_that_is_open() -> None:
+    server = Server(num_workers=2)
+    server.come("a", "b")
+    server.bring("a")
+    server.silent_for(31, but=["a"])
+    server.close()
+    assert server.rounds.verdict("b", 0, 0) == Closed(Version(1, "lineage-1"))
+    with pytest.raises(ProtocolError, match="no worker 'b'") as refused:
+        server.members.require("b", key_of("b"))
+    assert refused.value.status == 404
+    server.come("b")  # it is back
+    server.bring("a", "b")
+    assert server.due() == ["a", "b"]
+
+
+def test_a_round_closes_at_its_deadline_with_a_quorum_and_not_without() -> None:
+    server = Server(num_workers=3, min_workers=2, round_timeout_s=5.0)
+    server.come("a", "b", "c")
+    server.time.now += 50  # the deadline counts from the first contribution, not from the opening
+    assert server.rounds.next_deadline() is None
+    server.bring("a")
+    assert server.rounds.next_deadline() == server.time.now + 5
+    server.time.now += 6
+    assert server.due() == []
+    server.bring("b")
+    assert server.due() == ["a", "b"]
+
+
+def test_one_that_joins_later_may_contribute_and_is_expected_from_the_next_round_on() -> None:
+    server = Server(num_workers=1)
+    server.come("a")
+    server.bring("a")
+    server.close()
+    server.come("b")
+    assert server.rounds.expected(0) == {"a"}
+    server.bring("b")
+    assert server.due() == []
+    server.bring("a")
+    assert server.due() == ["a", "b"]
+    server.close()
+    assert server.rounds.expected(0) == {"a", "b"}
+
+
+def test_who_has_left_is_not_waited_for_and_what_it_brought_counts() -> None:
+    server = Server(num_workers=2)
+    server.come("a", "b")
+    server.bring("b")
+    server.members.remove("b", "left")
+    server.rounds.left("b")
+    server.bring("a")
+    assert server.due() == ["a", "b"]
+
+
+def test_one_that_dies_and_comes_back_in_time_is_expected_again() -> None:
+    server = Server(num_workers=2)
+    server.come("a", "b")
+    server.silent_for(31, but=["a"])
+    assert server.rounds.expected(0) == {"a"}
+    server.come("b")
+    assert server.rounds.expected(0) == {"a", "b"}
+
+
+def test_a_name_belongs_to_its_key_as_long_as_the_worker_lives() -> None:
+    server = Server(num_workers=1)
+    server.come("a")
+    with pytest.raises(ProtocolError, match="another key") as refused:
+        server.members.register(Register("a", "quite-another-key"))
+    assert refused.value.status == 409
+    assert server.members.register(Register("a", key_of("a"))) == "again"
+    server.silent_for(31)
+    assert server.members.register(Register("a", "quite-another-key")) == "another"
+    with pytest.raises(ProtocolError, match="not the key"):
+        server.members.require("a", key_of("a"))
+
+
+def test_another_worker_of_the_name_of_a_dead_one_is_not_taken_for_it() -> None:
+    server = Server(num_workers=2)
+    server.come("a", "b")
+    server.bring("a", "b")
+    server.close()
+    server.bring("b")
+    server.silent_for(31, but=["a"])
+    assert server.members.register(Register("b", "quite-another-key")) == "another"
+    server.rounds.renamed("b", "b~old")
+    server.rounds.came("b")
+    assert server.rounds.verdict("b", 0, 0) == Closed(Version(1, "lineage-1"))  # it was never in round 0
+    server.bring("a", "b")
+    assert server.due() == ["a", "b", "b~old"]  # both have worked for it
+
+
+def test_fragments_have_rounds_of_their_own() -> None:
+    server = Server(2, num_workers=1)
+    server.come("a")
+    server.bring("a", fragment=1)
+    assert server.due(0) == []
+    server.close(1)
+    assert [each.version.number for each in server.rounds.rounds] == [0, 1]
+    assert server.rounds.verdict("a", 0, 0) == "take"
+    assert server.rounds.verdict("a", 0, 1) == "counted"
+
+
+def test_while_a_round_is_closed_its_own_are_held_and_others_wait() -> None:
+    server = Server(num_workers=2, round_timeout_s=1.0)
+    server.come("a", "b")
+    server.bring("a")
+    server.time.now += 2
+    server.rounds.close(0, server.rounds.due(0))
+    assert server.due() == []
+    assert server.rounds.verdict("a", 0, 0) == "held"
+    assert server.rounds.verdict("b", 0, 0) == "wait"
+    server.rounds.published(0, Version(1, "next"))
+    assert server.rounds.verdict("a", 0, 0) == "counted"
+    assert server.rounds.verdict("b", 0, 0) == Closed(Version(1, "next"))
+
+
+@pytest.mark.training_case(69)
+def test_an_asynchronous_server_takes_each_alone_in_order_and_waits_for_nobody() -> None:
+    server = Server(num_workers=3, mode="async")
+    server.come("w0", "w1")
+    for round in range(3):
+        server.bring("w0", round=round)
+        assert server.close() == [("w0", round)]
+    server.bring("w1", round=0)  # stale, and as good as any
+    server.bring("w0", round=3)
+    assert server.close() == [("w1", 0)]
+    assert server.close() == [("w0", 3)]
+    assert server.rounds.rounds[0].version.number == 5
+    assert server.rounds.verdict("w1", 0, 0) == "counted"
+
+
+def test_a_state_that_is_saved_before_a_version_is_published_is_that_after_it() -> None:
+    server = Server(num_workers=2)
+    server.come("a", "b")
+    server.bring("a", "b")
+    server.rounds.close(0, server.rounds.due(0))
+    state = server.rounds.state_dict(0, Version(1, "next"))
+    server.rounds.published(0, Version(1, "next"))
+    assert state == server.rounds.state_dict()
+    again = Server(num_workers=2)
+    again.members.load_state_dict(server.members.state_dict())
+    again.rounds.load_state_dict(state)
+    assert again.rounds.state_dict() == state
+    assert again.rounds.verdict("a", 0, 0) == "counted"
+    assert again.rounds.expected(0) == {"a", "b"}  # their leases run anew, and they are to say that they are there
+    with pytest.raises(ProtocolError):
+        again.members.beat("a", key_of("a"), Heartbeat(3), lambda _: 1)
+    again.come("a")
+    again.members.beat("a", key_of("a"), Heartbeat(3), lambda _: 1)
+
+
+class TestRoundsThatAreMadeAgain:
+    """After a server came back from an older state."""
+
+    def server(self) -> Server:
+        server = Server(num_workers=2)
+        server.come("a", "b", "c")
+        server.rounds.replay(0, [[("a", 0), ("b", 0)], [("a", 1)]])
+        return server
+
+    def test_they_take_just_those_contributions_that_they_had(self) -> None:
+        server = self.server()
+        assert server.rounds.verdict("c", 0, 0) == "wait"
+        assert server.rounds.verdict("a", 1, 0) == Closed(Version(0, "start"))  # the one before is wanted first
+        server.bring("a")
+        assert server.rounds.verdict("a", 1, 0) == "wait"
+        assert server.due() == []
+        server.bring("b")
+        assert server.close() == [("a", 0), ("b", 0)]
+        assert server.rounds.verdict("b", 1, 0) == "wait"
+        server.bring("a")
+        assert server.close() == [("a", 1)]
+        assert server.rounds.verdict("c", 2, 0) == "take"
+
+    def test_one_that_does_not_come_in_its_lease_ends_it(self) -> None:
+        server = self.server()
+        server.bring("a")
+        server.silent_for(31, but=["a", "c"])
+        assert server.due() == []
+        assert server.rounds.verdict("c", 0, 0) == "take"  # it goes on as any round does
+        server.bring("c")
+        assert server.due() == ["a", "c"]
+
+
+def test_an_operator_may_wait_for_more_workers_and_for_fewer() -> None:
+    server = Server(num_workers=1)
+    server.come("a")
+    server.rounds.change(num_workers=2)
+    server.bring("a")
+    assert server.due() == []
+    server.rounds.change(num_workers=1)
+    assert server.due() == ["a"]
+    with pytest.raises(ConfigError, match="below min_workers"):
+        server.rounds.change(num_workers=1, min_workers=3)
+    with pytest.raises(ConfigError, match="round_timeout_s"):
+        server.rounds.change(round_timeout_s=-1.0)
+
+
+def test_a_removed_worker_is_told_to_stop_and_may_come_back_after_that() -> None:
+    server = Server(num_workers=1)
+    server.come("a")
+    server.members.remove("a", "kicked")
+    server.rounds.left("a")
+    with pytest.raises(ProtocolError) as unknown:
+        server.members.require("a", key_of("a"))
+    assert unknown.value.status == 404
+    with pytest.raises(ProtocolError, match="removed by the operator") as refused:
+        server.members.register(Register("a", key_of("a")))
+    assert refused.value.status == 409
+    assert server.members.beat("a", key_of("a"), Heartbeat(1), lambda _: 7).command == "stop"
+    assert server.members.register(Register("a", key_of("a"))) == "back"
+
+
+def test_a_command_reaches_a_worker_once() -> None:
+    server = Server(num_workers=1)
+    server.come("a", "b")
+    assert server.members.command(None, "save") == ["a", "b"]
+    commands = [server.members.beat("a", key_of("a"), Heartbeat(1), lambda _: 1).command for _ in range(2)]
+    assert commands == ["save", None]
+    with pytest.raises(ProtocolError, match="no live worker"):
+        server.members.command("nobody", "stop")
