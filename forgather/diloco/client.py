@@ -33,6 +33,7 @@ from forgather.diloco.messages import (
 from forgather.errors import DistributedError
 
 CHUNK_BYTES = 1 << 20  # handed to the system at once; between two, an early answer is noticed
+CONNECT_S = 10.0  # that a connection may take to be made
 _MAX_JSON_BYTES = 64 << 20
 _BUSY = (408, 425, 429, 500, 502, 503, 504)  # the server lives, and cannot answer now
 
@@ -195,10 +196,11 @@ class Client:
                 if self.is_aborted:
                     raise UnreachableError("this worker has ended its exchanges")
                 if self._connection is None:
-                    self._connection = self.address.connection(self._timeout_s)
+                    self._connection = self.address.connection(min(CONNECT_S, self._timeout_s))
                 connection = self._connection
-            if connection.sock is not None:
-                connection.sock.settimeout(self._timeout_s)
+            if connection.sock is None:
+                connection.connect()
+            connection.sock.settimeout(self._timeout_s)
             yield connection
         except (OSError, http.client.HTTPException) as error:
             self.close()

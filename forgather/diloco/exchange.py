@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from forgather.checkpoint.storage import raw_bytes
-from forgather.diloco.client import Answer, UnknownWorkerError, UnreachableError
+from forgather.diloco.client import CONNECT_S, Answer, UnknownWorkerError, UnreachableError
 from forgather.diloco.codec import BLOCK, Codec, codec
 from forgather.diloco.local_fragment import LocalFragment, Numbers, Part, digest_of
 from forgather.diloco.membership import Backoff, Membership
@@ -134,7 +134,7 @@ class Exchange:
         if not is_done:
             self._client.abort()
         if self._thread.ident is not None:
-            self._thread.join()
+            self._thread.join(CONNECT_S + 1)  # one that is just connecting is left to itself
         self._membership.give_back(self._client)
 
     def _run(self) -> None:

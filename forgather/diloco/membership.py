@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from forgather.diloco.address import ServerAddress
-from forgather.diloco.client import Client, UnknownWorkerError, UnreachableError
+from forgather.diloco.client import CONNECT_S, Client, UnknownWorkerError, UnreachableError
 from forgather.diloco.messages import Beat, Heartbeat, Register, Registered, Settings
 from forgather.errors import ConfigError, ForgatherError, TrainingError
 
@@ -38,6 +38,7 @@ class Membership:
         self.request = request
         self.times = 0
         self.registered: Registered | None = None
+        self.settings: Settings | None = None  # under which the worker began; those of the server must go with them
         self._lock = threading.Lock()  # of registering, which takes a while
         self._clients: list[Client] = []
         self._free: list[tuple[float, Client]] = []
@@ -57,9 +58,11 @@ class Membership:
 
     def give_back(self, client: Client) -> None:
         """Let others use it."""
-        if not client.is_aborted:
-            with self._free_lock:
-                self._free.append((time.monotonic(), client))
+        if client.is_aborted:
+            client.close()
+            return
+        with self._free_lock:
+            self._free.append((time.monotonic(), client))
 
     def traffic(self) -> tuple[int, int]:
         """Bytes of bodies that this process has sent to the server, and received from it."""
@@ -83,8 +86,8 @@ class Membership:
             if known is not None and known != self.times and self.registered is not None:
                 return self.registered
             registered = client.register(self.request)
-            if self.registered is not None:
-                require_same(self.registered.settings, registered.settings)
+            if self.settings is not None:
+                require_same(self.settings, registered.settings)
             self.times += 1
             self.registered = registered
             return registered
@@ -164,7 +167,7 @@ class Heartbeats:
     def close(self) -> None:
         self._closed.set()
         self._client.abort()
-        self._thread.join()
+        self._thread.join(CONNECT_S + 1)
         self._client.close()
 
     def _run(self) -> None:

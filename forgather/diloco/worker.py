@@ -12,9 +12,6 @@ collective happens in the step, on the training thread; what waits for the netwo
 It is also a hook of Forgather's trainer, with a state that any mesh takes up.
 """
 
-import re
-import secrets
-import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -22,30 +19,26 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from forgather.diloco import worker_state
-from forgather.diloco.address import ServerAddress, parse_address
-from forgather.diloco.agreement import Standing, agree
-from forgather.diloco.client import UnreachableError
+from forgather.diloco.address import ServerAddress, server_named
 from forgather.diloco.exchange import Exchange
 from forgather.diloco.flight import Flight, take_off
+from forgather.diloco.flights import Flights
+from forgather.diloco.joining import Introduction, join
+from forgather.diloco.lease_desk import LeaseDesk
 from forgather.diloco.local_fragment import LocalFragment
-from forgather.diloco.membership import Backoff, Heartbeats, Membership, require_parameters, require_same
-from forgather.diloco.messages import WORKER_NAME, Beat, Heartbeat, Register, Registered, Settings
+from forgather.diloco.membership import Heartbeats, Membership, require_parameters, require_same
+from forgather.diloco.messages import Beat, Heartbeat, Settings
 from forgather.diloco.schedule import Schedule
-from forgather.diloco.security import token_of_client, write_secret
 from forgather.diloco.slices import Holdings
 from forgather.diloco.worker_state import Restored
 from forgather.distributed import collectives
-from forgather.distributed.collectives import broadcast_object, rank, sum_ranks, world_size
-from forgather.errors import ConfigError, DistributedError, ForgatherError
-
-_POLL_S = 0.01  # between two agreements while the ranks wait together
-_ALONE_S = 0.5  # a single rank is woken, and looks only for a wish to stop
+from forgather.distributed.collectives import rank
+from forgather.errors import ConfigError, ForgatherError
 
 
 class Logged(Protocol):
@@ -67,8 +60,8 @@ class DiLoCo:
     waiting: a run that is told to stop does not wait.
 
     `package`, `tokenizer` and `data` are digests that must be equal on all machines. A `server` in words is spoken to
-    with the token that the environment names; a `ServerAddress` has its own, and TLS. `num_rows` and `consumed` say
-    which rows of the data have been trained on, where the server leases them.
+    with the token and the certificates that the environment names; a `ServerAddress` has its own. `num_rows` and
+    `consumed` say which rows of the data have been trained on, where the server leases them.
     """
 
     def __init__(
@@ -87,11 +80,12 @@ class DiLoCo:
         tokenizer: str | None = None,
         data: str | None = None,
         is_stopping: Callable[[], bool] | None = None,
+        leases: LeaseDesk | None = None,
         num_rows: Callable[[], int] | None = None,
         consumed: Callable[[int, int], Mapping[str, int]] | None = None,
         say: Callable[[str], None] | None = None,
     ) -> None:
-        self.address = parse_address(server, token=token_of_client(None)) if isinstance(server, str) else server
+        self.address = server_named(server) if isinstance(server, str) else server
         self.is_inert = self.address is None
         self.optimizer = optimizer
         self.tokens_per_step = tokens_per_step
@@ -106,12 +100,13 @@ class DiLoCo:
         self._digests = {"package": package, "tokenizer": tokenizer, "data": data}
         self._mesh = mesh
         self._is_stopping = is_stopping or (lambda: False)
+        self._leases = leases
         self._num_rows = num_rows or (lambda: 0)
         self._consumed = consumed
         self._say = say or (lambda text: print(text, file=sys.stderr, flush=True))
         self._holdings = None if self.is_inert else Holdings(model, optimizer)
         self._fragments: list[LocalFragment] = []
-        self._flights: dict[int, Flight] = {}
+        self._flights: Flights | None = None
         self._rows: dict[int, int] = {}  # of the data, trained on when a fragment was last sent
         self._restored: Restored | None = None
         self._schedule: Schedule | None = None
@@ -119,11 +114,8 @@ class DiLoCo:
         self._heartbeats: Heartbeats | None = None
         self._hook: RemovableHandle | None = None
         self._command: Literal["save", "stop", "abort"] | None = None
-        self._wanted_sync_every = 0
         self._pace = (0, time.monotonic())  # steps and time of the last heartbeat
-        self._waited_s = 0.0
         self._logged = (0.0, 0, 0)  # seconds waited and bytes moved at the last log
-        self._traffic = (0, 0)  # of all ranks
 
     # A context
 
@@ -148,14 +140,18 @@ class DiLoCo:
         if self.is_inert:
             return
         try:
-            if kind is None:
-                self._wait_until_delivered()
+            if kind is None and self._flights is not None:
+                self._flights.deliver()
         finally:
             self._end()
 
     def finish(self) -> None:
-        """Wait for what is under way, and take it in: the parameters are then what the server has. Collective."""
-        self._attend(delay=0)
+        """Wait for what is under way, and take it in. Collective.
+
+        Without a step since it began, and with the server there, the parameters are then what the server has.
+        """
+        if self._flights is not None:
+            self._flights.attend(self.steps, 0)
 
     # A hook of the trainer
 
@@ -165,14 +161,15 @@ class DiLoCo:
 
     def metrics(self) -> dict[str, float]:
         """The last version, seconds waited and millions of bytes moved by all ranks since the last log."""
-        if self.is_inert or not self._fragments:
+        flights = self._flights
+        if flights is None:
             return {}
-        (waited, up, down), self._logged = self._logged, (self._waited_s, *self._traffic)
+        (waited_s, up, down), self._logged = self._logged, (flights.waited_s, flights.bytes_up, flights.bytes_down)
         return {
             "round": float(max(fragment.number_of_version for fragment in self._fragments)),
-            "sync_s": self._waited_s - waited,
-            "up_mb": (self._traffic[0] - up) / 1e6,
-            "down_mb": (self._traffic[1] - down) / 1e6,
+            "sync_s": flights.waited_s - waited_s,
+            "up_mb": (flights.bytes_up - up) / 1e6,
+            "down_mb": (flights.bytes_down - down) / 1e6,
         }
 
     def wants_stop(self) -> bool:
@@ -192,7 +189,7 @@ class DiLoCo:
 
     def state_dict(self) -> dict[str, Any]:
         """All that makes this the same worker after a restart, on any mesh; see `worker_state`."""
-        if self.is_inert or self.settings is None or self._schedule is None:
+        if self.settings is None or self._schedule is None:
             return {}
         return {
             "key": self._key,
@@ -201,7 +198,7 @@ class DiLoCo:
             "settings": self.settings.to_json(),
             "schedule": self._schedule.state_dict(),
             "rows": {str(number): rows for number, rows in self._rows.items()},
-            **worker_state.capture(self._fragments, self._flights),
+            **worker_state.capture(self._fragments, {} if self._flights is None else self._flights.under_way),
         }
 
     def load_targets(self, saved: Mapping[str, Any], stored: Mapping[str, tuple[Any, Any]]) -> dict[str, Tensor]:
@@ -236,27 +233,26 @@ class DiLoCo:
         ]
 
     def _join(self) -> None:
-        """Register with the server, on rank 0, and let all ranks know who they are and what holds."""
+        """Come to the server; all ranks then know who they are and what holds."""
         assert self.address is not None, "only an inert one has none"
-        request = Register("", "")
-        found: Registered | ForgatherError | None = None
-        if rank() == 0:
-            try:
-                request = self._introduce()
-                self._membership = Membership(self.address, request)
-                found = self._reach(self._membership)
-            except ForgatherError as error:
-                found = error
-        request, found = broadcast_object((request, found))
-        if isinstance(found, ForgatherError):
-            raise found
-        if self._membership is None:
-            self._membership = Membership(self.address, request)
-        self._key, self._worker = request.key, request.worker
-        if found is not None:
-            self._membership.registered = found
-            self._adopt(found.settings)
+        who = Introduction(self._worker, self._key, self._key_file, self._mesh, self._digests)
+        is_known = self._restored is not None
+        self._membership = join(self.address, who, patience_s=self.patience_s, may_be_away=is_known, say=self._say)
+        self._key, self._worker = self._membership.request.key, self._membership.request.worker
+        if self._leases is not None:
+            self._leases.join(self._membership)
+        if self._membership.registered is not None:
+            self._adopt(self._membership.registered.settings)
         assert self.settings is not None, "it is the server's, or that of the checkpoint"
+        self._membership.settings = self.settings
+        self._flights = Flights(
+            self._membership,
+            self.settings,
+            patience_s=self.patience_s,
+            is_stopping=self._is_stopping,
+            failure=lambda: None if self._heartbeats is None else self._heartbeats.failure,
+            say=self._say,
+        )
         if rank() == 0:
             if self.settings.heartbeat_s > 0:
                 self._heartbeats = Heartbeats(self._membership, self.settings.heartbeat_s, self._tell, self._hear)
@@ -269,6 +265,13 @@ class DiLoCo:
                 f"the server has sync_every {settings.sync_every}, and this worker was given {expected}",
                 fix=f"leave out --sync-every: the server's is in force; or start the server with {expected}",
             )
+        if bool(settings.work_units) != (self._leases is not None):
+            raise ConfigError(
+                "the server leases the rows of the data, and this run takes its own"
+                if settings.work_units
+                else "this run wants its rows leased, and the server leases none",
+                fix="--diloco-leased" if settings.work_units else "start the server with --work-units 1024, say",
+            )
         if self.settings is None or self._schedule is None:
             self._follow(settings)
             return
@@ -276,54 +279,17 @@ class DiLoCo:
         self._schedule.next_sync_every = settings.sync_every
         self.settings = settings
 
-    def _introduce(self) -> Register:
-        """What this worker says of itself."""
-        name = self._worker or re.sub(r"[^A-Za-z0-9_.-]+", "-", socket.gethostname()).strip("-._")[:64]
-        if not WORKER_NAME.fullmatch(name):
-            raise ConfigError(
-                f"{name!r} is no name of a worker", fix="letters, digits, _ . and -, as --diloco-worker alpha"
-            )
-        key = self._key or self._stored_key() or secrets.token_urlsafe(24)
-        if self._key_file is not None and self._stored_key() != key:
-            self._key_file.unlink(missing_ok=True)
-            write_secret(self._key_file, key.encode())
-        return Register(name, key, host=socket.gethostname(), mesh=self._mesh, **self._digests)
-
-    def _stored_key(self) -> str | None:
-        if self._key_file is None or not self._key_file.exists():
-            return None
-        return self._key_file.read_text().strip()
-
-    def _reach(self, membership: Membership) -> Registered | None:
-        """Register; None where the server stays away and there are settings from a checkpoint to go on with."""
-        client = membership.borrow()
-        backoff, begun = Backoff(), time.monotonic()
-        try:
-            while True:
-                try:
-                    return membership.register(client)
-                except UnreachableError as error:
-                    if time.monotonic() - begun > self.patience_s:
-                        if self._restored is None:
-                            raise DistributedError(
-                                f"the server cannot be reached: {error.message}",
-                                fix="see that `forgather diloco server` runs there, and that the address is the one "
-                                "that it printed",
-                            ) from error
-                        self._say(f"warning: {error.message}; going on without it until it is there")
-                        return None
-                time.sleep(backoff.next_s())
-        finally:
-            membership.give_back(client)
-
     def _take_first_values(self) -> None:
         """Begin with the values that the server has now."""
-        assert self._membership is not None, "it has registered"
-        assert self._membership.registered is not None, "it has registered"
+        assert self._flights is not None, "it has joined"
+        assert self._membership is not None, "it has joined"
+        assert self._membership.registered is not None, "without a checkpoint the server has answered"
         for fragment, version in zip(self._fragments, self._membership.registered.versions, strict=True):
             exchange = Exchange(fragment, self._membership, version.number, at_least=version.number)
-            self._flights[fragment.number] = Flight(fragment, exchange, self.steps)
-        self._attend(delay=0, is_needed=True)
+            self._flights.add(Flight(fragment, exchange, self.steps))
+        self._flights.attend(self.steps, 0, is_needed=True)
+        if rank() == 0:
+            self._say(f"diloco: the weights are those of {self.address}, whatever they were before")
 
     def _go_on(self, restored: Restored) -> None:
         """Take up the exchanges that were under way when the checkpoint was saved."""
@@ -332,7 +298,7 @@ class DiLoCo:
             is_same = collectives.agree(restored.is_of_this_mesh(number))
             # fp32 is encoded again, from the same numbers; what a codec has made, its losses noted, is sent as it is.
             is_bound = not is_same and self._fragments[number].upload != "fp32"
-            self._flights[number] = self._take_off(
+            self._take_off(
                 number,
                 saved,
                 sent=restored.sent[number],
@@ -345,13 +311,14 @@ class DiLoCo:
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG002  what torch passes
         self.steps += 1
-        assert self._schedule is not None, "it has begun"
-        assert self.settings is not None, "it has begun"
+        assert self._flights is not None, "it has joined"
+        assert self._schedule is not None, "it has joined"
+        assert self.settings is not None, "it has joined"
         due = self._schedule.due(self.steps)
-        if due is not None and due not in self._flights:  # what is under way still keeps its turn; nothing is lost
-            self._begin(due)
-        if self._flights:
-            self._attend(delay=self.settings.delay)
+        if due is not None and due not in self._flights.under_way:
+            self._begin(due)  # what is under way still keeps its turn; what was made meanwhile goes with the next
+        self._flights.attend(self.steps, self.settings.delay)
+        self._schedule.next_sync_every = self._flights.agreed_sync_every or self._schedule.next_sync_every
 
     def _begin(self, number: int) -> None:
         """Send what was learned since the fragment was last sent."""
@@ -363,86 +330,27 @@ class DiLoCo:
             "begun": self.steps,
             "tokens": max(1, steps * self.tokens_per_step),
             "steps": steps,
-            "consumed": {} if self._consumed is None else self._consumed(before, rows),
+            # Each row is told of once: with the first of the fragments.
+            "consumed": {} if self._consumed is None or number > 0 else self._consumed(before, rows),
         }
-        self._flights[number] = self._take_off(number, saved, sent=fragment.snapshot())
+        self._take_off(number, saved, sent=fragment.snapshot())
         fragment.since, self._rows[number] = self.steps, rows
 
-    def _take_off(self, number: int, saved: Mapping[str, Any], **others: Any) -> Flight:
-        assert self._membership is not None, "it has begun"
-        assert self.settings is not None, "it has begun"
-        return take_off(self._fragments[number], self._membership, self.settings, **saved, **others)
-
-    def _attend(self, delay: int, *, is_needed: bool = False) -> None:
-        """See to what is under way, and wait for what is due; without limit where it `is_needed`. Collective."""
-        begun = time.monotonic()
-        while self._flights:
-            standing = self._agree()
-            for flight, version in zip(list(self._flights.values()), standing.versions, strict=True):
-                if version is not None and flight.is_due(self.steps, delay):
-                    self._land(flight, version)
-            awaited = [
-                flight
-                for flight in self._flights.values()
-                if flight.is_due(self.steps, delay) and not (flight.is_overdue and not is_needed)
-            ]
-            if not awaited or standing.is_stopping:
-                break
-            if standing.away_ms > 1000 * self.patience_s:
-                if is_needed:
-                    raise DistributedError(
-                        f"the server {self.address} has gone before it gave the first values",
-                        fix="see that it runs; the same command begins again",
-                    )
-                self._tell_of_absence()
-                for flight in awaited:
-                    flight.is_overdue = True
-                break
-            awaited[0].exchange.wait(_POLL_S if world_size() > 1 else _ALONE_S)
-        self._waited_s += time.monotonic() - begun
-
-    def _agree(self, *, is_undelivered: bool = False) -> Standing:
-        exchanges = [flight.exchange for flight in self._flights.values()]
-        away_s = max((exchange.away_s for exchange in exchanges), default=0.0)
-        failure = None if self._heartbeats is None else self._heartbeats.failure
-        mine = Standing(
-            int(1000 * away_s), self._is_stopping(), is_undelivered, self._wanted_sync_every if rank() == 0 else 0
-        )
-        standing = agree(mine, exchanges, failure)
-        if standing.sync_every and self._schedule is not None:
-            self._schedule.next_sync_every = standing.sync_every
-        return standing
-
-    def _land(self, flight: Flight, version: int) -> None:
-        assert self._membership is not None, "it has begun"
-        assert self.settings is not None, "it has begun"
-        flight.land(self.steps, version, self.settings.alpha)
-        del self._flights[flight.fragment.number]
-        traffic = sum_ranks(torch.tensor(self._membership.traffic()))
-        self._traffic = (int(traffic[0]), int(traffic[1]))
-
-    def _tell_of_absence(self) -> None:
-        if rank() == 0:
-            self._say(f"warning: {self.address} is out of reach; training goes on, and what it makes is kept")
+    def _take_off(self, number: int, saved: Mapping[str, Any], **others: Any) -> None:
+        assert self._flights is not None, "it has joined"
+        assert self._membership is not None, "it has joined"
+        assert self.settings is not None, "it has joined"
+        self._flights.add(take_off(self._fragments[number], self._membership, self.settings, **saved, **others))
 
     # The end
-
-    def _wait_until_delivered(self) -> None:
-        """Return when the server has what is under way, or has been out of reach for too long. Collective."""
-        while self._flights:
-            is_undelivered = not all(flight.exchange.is_delivered for flight in self._flights.values())
-            standing = self._agree(is_undelivered=is_undelivered)
-            if not standing.is_undelivered or standing.away_ms > 1000 * self.patience_s:
-                return
-            time.sleep(_POLL_S)
 
     def _end(self) -> None:
         """Let go of the optimizer, the threads and the server, whatever state they are in."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
-        for flight in self._flights.values():
-            flight.exchange.close()
+        if self._flights is not None:
+            self._flights.close()
         if self._heartbeats is not None:
             self._heartbeats.close()
             self._heartbeats = None
@@ -491,6 +399,7 @@ class DiLoCo:
         return Heartbeat(done, steps_per_s, tokens_per_s, self.loss)
 
     def _hear(self, beat: Beat) -> None:
-        self._wanted_sync_every = beat.sync_every
+        if self._flights is not None:
+            self._flights.wanted_sync_every = beat.sync_every
         if beat.command is not None:
             self._command = beat.command

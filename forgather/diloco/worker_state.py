@@ -32,15 +32,15 @@ def sharded(holding: Holding, numbers: Numbers) -> Tensor:
         return local
     meta = TensorMeta(parameter.shape, parameter.stride(), torch.float32)
     # Not by DTensor.from_local: it would move what is on the CPU to the mesh's device.
-    return DTensor(
-        local, DTensorSpec(parameter.device_mesh, parameter.placements, tensor_meta=meta), requires_grad=False
-    )
+    spec = DTensorSpec(parameter.device_mesh, parameter.placements, tensor_meta=meta)
+    laid_out: Tensor = DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]
+    return laid_out
 
 
 def capture(fragments: Sequence[LocalFragment], flights: Mapping[int, Flight]) -> dict[str, Any]:
     """The state of this rank's fragments."""
-    for flight in flights.values():
-        flight.exchange.wait_until_encoded()
+    for under_way in flights.values():
+        under_way.exchange.wait_until_encoded()
     anchor: dict[str, Tensor] = {}
     residual: dict[str, Tensor] = {}
     sent: dict[str, Tensor] = {}

@@ -76,5 +76,3 @@ def equals_server(model: nn.Module, server: RunningServer) -> bool:
         torch.equal(parameter.detach(), server.published(name).to(parameter.dtype))
         for name, parameter in model.named_parameters()
     )
-
-
