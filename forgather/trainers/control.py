@@ -103,6 +103,12 @@ class Control:
             self._state = "stopping"
         return orders
 
+    def is_asked_to_end(self) -> bool:
+        """Whether this rank was asked to stop or abort the run; for whoever waits within a step."""
+        if self._signals is not None and self._signals.received is not None:
+            return True
+        return self._server is not None and self._server.has(Command.STOP, Command.ABORT)
+
     def status(self) -> dict[str, Any]:
         """What `forgather control status` prints: numbers of the run as far as they are known."""
         known = self._steered

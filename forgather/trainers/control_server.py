@@ -48,6 +48,11 @@ class ControlServer:
                 request.is_taken = True
             return {request.command for request in self._waiting if request.step is None}
 
+    def has(self, *commands: Command) -> bool:
+        """Whether one of these waits to be obeyed."""
+        with self._lock:
+            return any(request.command in commands for request in self._waiting if request.step is None)
+
     def obeyed(self, step: int, commands: Iterable[Command]) -> None:
         """All ranks do `commands` after step `step`; tell those whose commands were taken before.
 

@@ -9,6 +9,7 @@ A hook is any object that has some of these; it inherits nothing:
     on_saved(event: Saved)             a checkpoint is whole and on the disk
     on_finish(event: Finished)         the last step of this process was made and saved
     metrics() -> {name: number}        asked at a log step; logged as `<hook>/<name>`
+    wants_save() -> bool               asked after each step; the run saves when any rank's answer is true
     wants_stop() -> bool               asked after each step; the run saves and ends when any rank's answer is true
     wants_abort() -> bool              asked after each step; the run ends without a save when any rank's answer is true
     state_dict(), load_state_dict()    saved with the run, under the hook's name
@@ -25,7 +26,7 @@ from difflib import get_close_matches
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from forgather.distributed.collectives import max_ranks
 from forgather.errors import ConfigError
@@ -98,7 +99,12 @@ _METHODS: dict[type[Event], str] = {
 }
 
 
-_WISHES = (None, Outcome.STOPPED, Outcome.ABORTED)  # the later one is in force
+_WISHES: tuple[Outcome | Literal["save"] | None, ...] = (
+    None,
+    "save",
+    Outcome.STOPPED,
+    Outcome.ABORTED,
+)  # the later one is in force; whoever stops saves too
 
 
 class Hooks:
@@ -113,9 +119,10 @@ class Hooks:
             for kind, method in _METHODS.items()
         }
         self._metrics = {name: hook.metrics for name, hook in self.hooks.items() if hasattr(hook, "metrics")}
+        asked = (("wants_abort", Outcome.ABORTED), ("wants_stop", Outcome.STOPPED), ("wants_save", "save"))
         self._wishes = [
-            (getattr(hook, method), outcome)
-            for method, outcome in (("wants_abort", Outcome.ABORTED), ("wants_stop", Outcome.STOPPED))
+            (getattr(hook, method), wish)
+            for method, wish in asked
             for hook in self.hooks.values()
             if hasattr(hook, method)
         ]
@@ -138,16 +145,15 @@ class Hooks:
         """What the hooks measure, each name behind its hook's."""
         return {f"{hook}/{name}": value for hook, ask in self._metrics.items() for name, value in ask().items()}
 
-    def wanted_end(self) -> Outcome | None:
-        """The end that a hook on any rank wants: an abort before a stop, the same on all ranks.
+    def wish(self) -> Outcome | Literal["save"] | None:
+        """What a hook on any rank wants, the same on all ranks: an abort before a stop before a save alone.
 
-        Costs a collective only where a hook can want an end.
+        Costs a collective only where a hook can want something.
         """
         if not self._wishes:
             return None
-        mine = next((outcome for ask, outcome in self._wishes if ask()), None)
-        wish = max_ranks(_WISHES.index(mine))
-        return _WISHES[wish]
+        mine = next((wish for ask, wish in self._wishes if ask()), None)
+        return _WISHES[max_ranks(_WISHES.index(mine))]
 
     def with_state(self) -> dict[str, Any]:
         """The hooks that are saved with the run."""

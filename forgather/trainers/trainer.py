@@ -133,8 +133,10 @@ class Trainer:
                     self.log()
                 if self.is_due(self.eval_every) and self.has_time(orders):
                     self.evaluate()
-                outcome = self.outcome(orders)
-                if outcome is not Outcome.ABORTED and (outcome or orders.save or self.is_due(self.save_every)):
+                wish = self.hooks.wish()
+                outcome = self.outcome(orders, None if wish == "save" else wish)
+                is_asked = orders.save or wish == "save"
+                if outcome is not Outcome.ABORTED and (outcome or is_asked or self.is_due(self.save_every)):
                     self.save()
             with self.meter.doing("checkpoint"):
                 self.checkpoints.finish()
@@ -172,9 +174,9 @@ class Trainer:
         """Whether there is time to evaluate: a run that was told to stop may have seconds left, for its save."""
         return not orders.abort and (not orders.stop or self.steps_done == self.steps)
 
-    def outcome(self, orders: Orders) -> Outcome | None:
-        """How the run ends with this step; None where it goes on. All ranks call it."""
-        wanted = Outcome.ABORTED if orders.abort else self.hooks.wanted_end()
+    def outcome(self, orders: Orders, wish: Outcome | None) -> Outcome | None:
+        """How the run ends with this step, at a hook's `wish` or by orders; None where it goes on."""
+        wanted = Outcome.ABORTED if orders.abort else wish
         if wanted is not Outcome.ABORTED and self.steps_done == self.steps:
             return Outcome.FINISHED  # also where it was told to stop
         return Outcome.STOPPED if orders.stop and wanted is None else wanted

@@ -33,13 +33,13 @@ class Deaf:
 
 @pytest.mark.training_case(15)
 def test_a_hook_without_a_wish_keeps_the_run_going_and_the_strongest_wish_is_in_force():
-    assert Hooks({"deaf": Deaf()}).wanted_end() is None
-    assert Hooks({"deaf": Deaf(), "quiet": Hook()}).wanted_end() is None
+    assert Hooks({"deaf": Deaf()}).wish() is None
+    assert Hooks({"deaf": Deaf(), "quiet": Hook()}).wish() is None
     stop, abort = Hook(stop=True), Hook(abort=True)
-    assert Hooks({"stop": stop, "quiet": Hook(), "deaf": Deaf()}).wanted_end() is Outcome.STOPPED
+    assert Hooks({"stop": stop, "quiet": Hook(), "deaf": Deaf()}).wish() is Outcome.STOPPED
     # Not the last word but the strongest: the order in a config decides nothing.
-    assert Hooks({"stop": stop, "abort": abort}).wanted_end() is Outcome.ABORTED
-    assert Hooks({"abort": abort, "stop": stop}).wanted_end() is Outcome.ABORTED
+    assert Hooks({"stop": stop, "abort": abort}).wish() is Outcome.ABORTED
+    assert Hooks({"abort": abort, "stop": stop}).wish() is Outcome.ABORTED
 
 
 @pytest.mark.training_case(15)
@@ -79,7 +79,7 @@ def two_ranks() -> Iterator[RankPool]:
 
 def wanted(stops: list[int], aborts: list[int]) -> str | None:
     rank = dist.get_rank()
-    end = Hooks({"hook": Hook(stop=rank in stops, abort=rank in aborts)}).wanted_end()
+    end = Hooks({"hook": Hook(stop=rank in stops, abort=rank in aborts)}).wish()
     return None if end is None else end.value
 
 
