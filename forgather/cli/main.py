@@ -120,6 +120,11 @@ def _dispatch(arguments: Sequence[str]) -> int:
     if name not in COMMANDS:
         raise unknown("command", name, COMMANDS)
     _require_working_directory()
+    if name == "diloco":
+        from forgather.cli.diloco_worker import as_train
+
+        if (train := as_train(arguments)) is not None:
+            return _dispatch(train)
     from forgather.cli.options import read_options
 
     options = read_options(name, [*before, *arguments[place + 1 :]], argv=arguments)
