@@ -28,8 +28,8 @@ from forgather.trainers.assemble import assemble
 from forgather.trainers.strategy import build_loss, build_step
 from forgather.trainers.update import Update
 
-# Long, since the layers around the sleeps take 70 to 90 ms of a step under every schedule, which is no bubble: with 0.1 s
-# that was 0.03 to 0.037 of the working time, more than the bar allows, and is 0.014 with this.
+# Long, since the layers around the sleeps take 70 to 90 ms of a step under every schedule, which is no bubble. That was
+# 0.03 to 0.037 of the working time with 0.1 s, more than the bar allows, and is 0.014 with this.
 UNIT_S = 0.25
 RANKS, LAYERS, MICROBATCHES, LENGTH = 2, 4, 4, 8
 STEPS = 3
