@@ -6,29 +6,27 @@ This is where conversion and DiLoCo meet: neither package knows the other.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
+from forgather.cli.options import Options
+from forgather.cli.parser import UsageError
 from forgather.cli.terminal import print_warning
 from forgather.conversion.model_folder import ModelFolder, tokenizer_in
 from forgather.conversion.weight_sources import HUGGING_FACE_FILES
 from forgather.conversion.weights_in import load_weights
 from forgather.data.tokenizers import tokenizer_digest
 from forgather.diloco.package_service import package_digest
-from forgather.errors import ForgatherError, ModelError
+from forgather.errors import ConfigError, ModelError
 from forgather.models.initialize import initialize
 from forgather.models.names import plain_name
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
 class ServedModel:
     """A model that is known and has no values yet."""
 
-    path: Path
+    path: Path  # where its weights are; that of its package where they are to be drawn
     folder: ModelFolder
     shapes: Mapping[str, tuple[int, ...]]  # of its parameters, each under the name that it has first
     package_digest: str
@@ -63,21 +61,19 @@ class ServedModel:
         return values, buffers
 
 
-def served_model(path: Path) -> ServedModel:
-    """The model in `path`: a package, a run, a checkpoint or a Hugging Face folder; an error that names the flag."""
+def served_model(path: Path, weights: Path | None = None) -> ServedModel:
+    """The model in `path`: a package, a run, a checkpoint or a Hugging Face folder; its weights may be elsewhere."""
     try:
         folder = ModelFolder(path)
-        model = _on_meta(folder)
+        model = folder.construct("meta", dtype=torch.float32)
         tokenizer = tokenizer_in(path)
-    except ForgatherError as error:
-        raise type(error)(f"--model: {error.message}", fix=error.fix) from error
     except (OSError, ImportError, SyntaxError, AttributeError, TypeError, ValueError) as error:
         raise ModelError(
-            f"--model: no model can be made of {path}: {error}",
+            f"no model can be made of {path}: {error}",
             fix="name a folder that `forgather model construct` has written, a run, or a Hugging Face folder",
         ) from error
     return ServedModel(
-        path,
+        path if weights is None else weights,
         folder,
         {plain_name(name): tuple(parameter.shape) for name, parameter in model.named_parameters()},
         package_digest(folder.dir),
@@ -85,5 +81,21 @@ def served_model(path: Path) -> ServedModel:
     )
 
 
-def _on_meta(folder: ModelFolder) -> "PreTrainedModel":
-    return folder.construct("meta", dtype=torch.float32)
+def model_of_config(options: Options) -> ServedModel:
+    """The model that the selected config trains, with the weights that it begins with."""
+    project_dir = Path(options.project_dir)
+    if options.project_dir == "." and options.config_name is None and not (project_dir / "project.yaml").exists():
+        raise UsageError(
+            "the server is not told which model",
+            fix="-m PATH: a package, a run or a Hugging Face folder; or -p and -t as the workers have them",
+        )
+    project = options.project
+    if not project.has("package"):
+        raise ConfigError(
+            f"config {project.config_name!r} of {project.dir} describes no model package", fix="name one with -m PATH"
+        )
+    source = project.build("package")
+    begins_with = project.build("init_from_weights").path if project.has("init_from_weights") else None
+    if begins_with is None and isinstance(source, ModelFolder):
+        return served_model(source.path)
+    return served_model(source.write(), begins_with)

@@ -1,25 +1,22 @@
-"""`forgather diloco server`: its flags, what is checked before anything is bound, and the process that serves."""
+"""`forgather diloco server`: its flags, and what is checked before anything is bound or written."""
 
 import asyncio
 import math
-import signal
 import socket
 from argparse import ArgumentTypeError
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forgather.cli.options import Options
 from forgather.cli.parser import CommandParser, UsageError
-from forgather.errors import EXIT_OK, EXIT_RESUMABLE, CheckpointError, ConfigError
+from forgather.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     import ssl
 
     from forgather.checkpoint.run_folder import RunFolder
     from forgather.cli.diloco_model import ServedModel
-    from forgather.diloco.coordinator import Coordinator
     from forgather.diloco.messages import Settings
     from forgather.diloco.outer import Outer
 
@@ -31,7 +28,12 @@ def add_server(parser: CommandParser) -> None:
     """`server`."""
     verb = parser.add_verb("server", "Serve a model that workers train together")
     add = verb.add_argument
-    add("-m", "--model", metavar="PATH", help="a model package, a run, a checkpoint, or a Hugging Face folder")
+    add(
+        "-m",
+        "--model",
+        metavar="PATH",
+        help="a package, a run, a checkpoint or a Hugging Face folder (default: what -p and -t train)",
+    )
     add("-n", "--num-workers", type=_count(1), metavar="N", help="workers that the first round waits for")
     add("-o", "--output-dir", default=DEFAULT_FOLDER, metavar="DIR", help=f"its folder (default: {DEFAULT_FOLDER})")
     add("--seed", type=int, default=0, metavar="N", help="draws the weights of a package without any (default: 0)")
@@ -105,126 +107,25 @@ def run(options: Options) -> int:
     settings = _settings(options, model)
     outer = _outer(options)
     outer.require_parameters(settings.parameters)
-    from forgather.checkpoint.run_folder import RunFolder
+    from forgather.cli.diloco_serving import Serving
     from forgather.diloco.security import token_of_server
 
-    with RunFolder(Path(options.output_dir)) as run_folder:
+    with _opened(Path(options.output_dir)) as run_folder:
         file = Path(options.token_file) if options.token_file else run_folder.dir / "token"
         token = None if options.no_auth else token_of_server(file)
-        job = _Job(options, model, settings, outer, run_folder, tls, token, None if token is None else file)
-        return asyncio.run(job.serve())
+        shown = None if token is None else file
+        return asyncio.run(Serving(options, model, settings, outer, run_folder, tls, token, shown).serve())
 
 
-@dataclass
-class _Job:
-    """One server from its start to its end."""
+def _opened(path: Path) -> "RunFolder":
+    from forgather.checkpoint.run_folder import RunFolder
 
-    options: Options
-    model: "ServedModel"
-    settings: "Settings"
-    outer: "Outer"
-    run: "RunFolder"
-    tls: "ssl.SSLContext | None"
-    token: str | None
-    token_file: Path | None
-    received: signal.Signals | None = None
-
-    async def serve(self) -> int:
-        from forgather.diloco.application import serving
-        from forgather.diloco.combine import Guard
-        from forgather.diloco.coordinator import Coordinator
-        from forgather.diloco.package_service import PackageArchive
-        from forgather.diloco.record import RoundRecord, Sink
-        from forgather.diloco.views import views
-        from forgather.metrics.sinks import JsonLines, TensorBoard
-
-        options, run = self.options, self.run
-        values, buffers = self.model.first_values(options.seed)
-        run.describe("package", self.model.folder.dir)
-        coordinator = Coordinator(
-            values,
-            self.settings,
-            self.outer,
-            run,
-            num_workers=options.num_workers,
-            min_workers=options.min_workers,
-            round_timeout_s=options.round_timeout or None,
-            save_every=options.save_every,
-            guard=Guard(options.norm_guard),
-            constants=buffers,
-        )
-        del values, buffers
-        self._catch_signals(coordinator)
-        package = PackageArchive(self.model.folder.dir)
-        sinks: list[Sink] = [JsonLines(run.logs / "metrics.jsonl"), TensorBoard(run.logs / "tensorboard")]
-        host, port = options.host, options.port
-        async with serving(coordinator, self.token, host, port, tls=self.tls, extra=views(package)) as (_, bound):
-            for line in self._greeting(bound):
-                run.say(line)
-            record = asyncio.create_task(RoundRecord(coordinator, sinks).follow())
-            await coordinator.stopped.wait()
-            await record
-        if coordinator.trouble is not None:
-            raise CheckpointError(
-                f"the server ends, and its last state is not saved: {coordinator.trouble}",
-                fix="mend that, and start the same command: workers still have what is missing, and send it again",
-            )
-        run.say(f"saved at step {coordinator.step}; the same command goes on")
-        return EXIT_OK if self.received is None else EXIT_RESUMABLE
-
-    def _catch_signals(self, coordinator: "Coordinator") -> None:
-        loop = asyncio.get_running_loop()
-
-        def stop(number: signal.Signals) -> None:
-            again = " (Ctrl-C again ends it at once)" if number == signal.SIGINT else ""
-            self.run.say(f"{number.name}: the server saves and ends{again}")
-            self.received = self.received or number
-            loop.remove_signal_handler(signal.SIGINT)
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            coordinator.shutdown()
-
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                loop.add_signal_handler(number, stop, number)
-
-    def _greeting(self, port: int) -> Iterator[str]:
-        settings, model = self.settings, self.model
-        count = sum(math.prod(shape) for shape in model.shapes.values())
-        origin = f"weights drawn with seed {self.options.seed}" if model.is_drawn else "with its weights"
-        yield f"model {model.path}: {count:,} parameters, {origin}"
-        fragments = len(settings.fragments)
-        how = f"every {settings.sync_every} steps" + (f" in {fragments} fragments" if fragments > 1 else "")
-        if settings.round_seconds is not None:
-            how = f"every {settings.round_seconds:g} s"
-        yield f"exchanges {how}, {settings.upload} up, {settings.download} down; outer {self.outer.describe()}"
-        scheme = "http" if self.tls is None else "https"
-        for address, interface in addresses(self.options.host):
-            shown = f"[{address}]" if ":" in address else address
-            where = f" ({interface})" if interface else ""
-            yield f"listening at {scheme}://{shown}:{port}{where}; workers: --diloco-server {shown}:{port}"
-            yield from self._foreign_name(address)
-        if self.token_file is not None:
-            yield f"token in {self.token_file}: name a copy of it to workers by --token-file"
-        else:
-            yield "no token is asked for: whoever is on this machine may change the model"
-
-    def _foreign_name(self, address: str) -> Iterator[str]:
-        if self.tls is not None:
-            from forgather.diloco.certificates import is_for
-
-            if not is_for(Path(self.options.tls_cert), address):
-                yield f"warning: {self.options.tls_cert} is not for {address}, so that workers refuse it there"
-
-
-def addresses(host: str) -> list[tuple[str, str]]:
-    """By which addresses workers reach a server that listens on `host`, and the interfaces that have them."""
-    from forgather.distributed.network import interfaces
-
-    if host not in ("0.0.0.0", "::", ""):
-        return [(host, next((each.name for each in interfaces() if str(each.address) == host), ""))]
-    found = [each for each in interfaces() if host != "0.0.0.0" or each.address.version == 4]
-    outside = [each for each in found if not each.address.is_loopback]
-    return [(str(each.address), each.name) for each in outside or found] or [(socket.gethostname(), "")]
+    try:
+        return RunFolder(path)
+    except CheckpointError as error:
+        raise CheckpointError(
+            error.message, fix="-o another folder; or end the server there: forgather diloco control shutdown"
+        ) from error
 
 
 def _check_flags(options: Options) -> None:
@@ -269,7 +170,7 @@ def _check_flags(options: Options) -> None:
 def _tls(options: Options) -> "ssl.SSLContext | None":
     if options.tls_cert is None:
         return None
-    from forgather.diloco.certificates import server_context
+    from forgather.diloco.tls import server_context
 
     authority = None if options.client_ca is None else Path(options.client_ca)
     return server_context(Path(options.tls_cert), Path(options.tls_key), authority)
@@ -298,13 +199,15 @@ def _require_free(host: str, port: int) -> None:
 
 
 def _model(options: Options) -> "ServedModel":
-    """That of -m; without it, the one in the server's own folder, where it was served before."""
-    own = Path(options.output_dir)
-    if options.model is None and not (own / "checkpoints").is_dir():
-        raise UsageError("the server is not told which model", fix="-m PATH: a package, a run or a Hugging Face folder")
-    from forgather.cli.diloco_model import served_model
+    """That of -m; without it, the one that was served from this folder before, or that of the config of -p and -t."""
+    from forgather.cli.diloco_model import model_of_config, served_model
 
-    return served_model(own if options.model is None else Path(options.model))
+    own = Path(options.output_dir)
+    if options.model is not None:
+        return served_model(Path(options.model))
+    if any((own / "checkpoints").glob("step-*")):
+        return served_model(own)
+    return model_of_config(options)
 
 
 def _settings(options: Options, model: "ServedModel") -> "Settings":

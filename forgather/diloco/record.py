@@ -33,7 +33,7 @@ class RoundRecord:
     def __init__(self, coordinator: Coordinator, sinks: Sequence[Sink]) -> None:
         self._coordinator = coordinator
         self._sinks = list(sinks)
-        self._step = coordinator.step
+        self._step = coordinator.publisher.step
         for sink in list(self._sinks):
             self._try(sink, partial(sink.start, self._step))
 
@@ -42,7 +42,7 @@ class RoundRecord:
         there = self._coordinator
         try:
             while not there.stopped.is_set():
-                await there.until(lambda: there.step > self._step, _PATIENCE_S)
+                await there.until(lambda: there.publisher.step > self._step, _PATIENCE_S)
                 await self._catch_up()
         finally:
             await self._catch_up()
@@ -51,7 +51,8 @@ class RoundRecord:
 
     async def _catch_up(self) -> None:
         # No await between the two: they are of one moment.
-        last, closed = self._coordinator.step, list(self._coordinator.history)
+        publisher = self._coordinator.publisher
+        last, closed = publisher.step, list(publisher.history)
         new = closed[len(closed) - min(len(closed), max(0, last - self._step)) :]
         for step, each in enumerate(new, start=last - len(new) + 1):
             row = row_of(each)

@@ -5,18 +5,19 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
+import threading
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from forgather.cli.diloco_model import served_model
-from forgather.cli.diloco_server import addresses
+from forgather.cli.diloco_serving import addresses
 from forgather.cli.main import main
+from forgather.diloco.package_service import package_digest
 from forgather.distributed.network import interfaces
 from forgather.models.construct import construct
 from forgather.models.package import Package
@@ -117,12 +118,18 @@ def test_a_port_in_use_is_told_before_the_model_is_loaded(said, tmp_path):
         (["status", "--server", "http://a b"], "is no address of a server"),
         (["status", "--server", "127.0.0.1:70000"], "is no address of a server"),
         (["status", "--token-file", "absent"], "the token file absent cannot be read"),
-        (["status", "--tls-cert", "a.pem"], "--tls-cert and --tls-key are given together"),
+        (["status", "--tls-cert", "a.pem"], "a certificate and its key are given together"),
         (["control", "stop"], "unknown action 'stop'"),
         (["control", "kick"], "cannot make anything of no argument"),
         (["control", "save", "now"], "cannot make anything of now"),
         (["control", "command", "decay"], "cannot make anything of decay"),
         (["control", "set", "outer_lr=fast"], "'outer_lr=fast' is not NAME=NUMBER"),
+        (["plan", "--mbit", "100", "--server", "127.0.0.1:1"], "either measured or given"),
+        (["plan", "--step-seconds", "1", "--parameters", "1M"], "either measured or given"),
+        (["plan", "--mbit", "fast"], "'fast' is not a number above 0"),
+        (["plan", "--mbit", "9", "--parameters", "30Q"], "'30Q' is not a number of parameters"),
+        (["plan", "--mbit", "9", "--step-seconds", "1", "--step-seconds", "2", "-n", "3"], "-n multiplies one"),
+        (["plan", "--server", "127.0.0.1:1", "--step-seconds", "1", "--parameters", "1M"], "no DiLoCo server"),
         (["cert", "made", "--days", "0"], "'0' is not a number of days"),
         (["cert", "made", "--host", "a b"], "neither the name nor the address"),
     ],
@@ -156,6 +163,14 @@ def test_a_hugging_face_folder_begins_with_its_weights(tmp_path):
     assert all(torch.equal(values[name], value.float()) for name, value in model.named_parameters())
 
 
+def test_the_model_of_a_config_begins_with_what_a_run_of_it_begins_with(package, tmp_path):
+    model = construct(package.dir, "cpu", seed=9)
+    model.save_pretrained(tmp_path / "weights")
+    values, _ = served_model(package.dir, tmp_path / "weights").first_values(seed=0)
+    assert all(torch.equal(values[name], value) for name, value in model.named_parameters())
+    assert served_model(package.dir, tmp_path / "weights").package_digest == package.digest
+
+
 def test_values_that_are_not_finite_are_no_beginning(said, tmp_path):
     model = llama()
     with torch.no_grad():
@@ -179,84 +194,102 @@ def test_where_workers_find_a_server_that_listens_everywhere():
 # --- a server that lives
 
 
-class Server:
-    """A process of `forgather diloco server`, on a free port of loopback."""
+@pytest.fixture
+def serve(said):
+    """Runs `forgather diloco server`, on a free port of loopback, and a script beside it that is given the address.
 
-    def __init__(self, folder: Path, *words: object) -> None:
-        self.folder = folder
-        environ = {name: text for name, text in os.environ.items() if not name.startswith(("FORGATHER_", "RANK"))}
-        command = [sys.executable, "-m", "forgather", "diloco", "server", "-n", "2", "--port", "0", "-o", str(folder)]
-        self.process = subprocess.Popen(
-            [*command, *map(str, words)],
-            env={**environ, "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.lines: list[str] = []
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.lines.append(line)
-            if "token" in line:
-                break
-        found = re.search(r"workers: --diloco-server (\S+)", "".join(self.lines))
-        assert found, "".join(self.lines)
-        self.address = found[1]
+    When the script has ended, SIGTERM ends the server, unless the script has done so, and says it by True. Returns the
+    exit code.
+    """
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
-    def end(self, number: signal.Signals | None = None) -> tuple[int, str]:
-        if number is not None:
-            self.process.send_signal(number)
-        out, err = self.process.communicate(timeout=60)
-        return self.process.returncode, out + "".join(self.lines) + err
+    def run(folder: Path, script: Callable[[str], bool | None], *words: object) -> int:
+        log = folder / "logs" / "run.log"
+        known = len(log.read_text()) if log.exists() else 0
+        problems: list[BaseException] = []
+        ended = threading.Event()
+
+        def beside() -> None:
+            is_ended: bool | None = False
+            while not ended.wait(0.02):
+                text = log.read_text()[known:] if log.exists() else ""
+                found = re.search(r"workers: --diloco-server (\S+)\n(.*\n)*.*token", text)
+                if found:
+                    break
+            else:
+                return
+            try:
+                is_ended = script(found[1])
+            except BaseException as error:  # noqa: BLE001  told in the test's own thread
+                problems.append(error)
+            if not is_ended:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        thread = threading.Thread(target=beside)
+        thread.start()
+        try:
+            code = main(["diloco", "server", "-n", "2", "--port", "0", "-o", str(folder), *map(str, words)])
+        finally:
+            ended.set()
+            thread.join()
+        if problems:
+            raise problems[0]
+        return code
+
+    yield run
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
-def test_a_server_from_its_first_start_to_its_last(said, package, tmp_path, monkeypatch, capsys):
+def test_a_server_is_asked_and_told_and_ended(said, serve, package, tmp_path, monkeypatch):
     folder = tmp_path / "served"
-    server = Server(folder, "-m", package.dir, "--fragments", 2, "--seed", 3)
-    token = (folder / "token").read_text().strip()
-    monkeypatch.setenv("FORGATHER_DILOCO_TOKEN_FILE", str(folder / "token"))
-    at = ("--server", server.address)
-    try:
-        code, out, _ = said("status", *at, "--json")
-        status = json.loads(out)
-        assert (code, status["state"], status["versions"], status["num_workers"]) == (0, "waiting", [0, 0], 2)
-        assert status["model"]["parameters"] == construct(package.dir).num_parameters()
-        code, out, _ = said("status", *at)
-        assert out.splitlines()[0].startswith("waiting, sync, up ")
 
-        assert said("control", *at, "set", "outer_lr=0.5", "min_workers=2")[1] == (
-            "from the next round on: outer_lr 0.5, min_workers 2\n"
-        )
+    def script(address: str) -> None:
+        token = (folder / "token").read_text().strip()
+        at = ("--server", address)
+        assert said("status", *at)[0] == 2
+        monkeypatch.setenv("FORGATHER_DILOCO_TOKEN", "x" * 30)
+        code, _, err = said("status", *at)
+        assert (code, "has another token" in err, "x" * 30 in err) == (2, True, False)
+        monkeypatch.setenv("FORGATHER_DILOCO_TOKEN_FILE", str(folder / "token"))
+
+        status = json.loads(said("status", *at, "--json")[1])
+        assert (status["state"], status["versions"], status["num_workers"]) == ("waiting", [0, 0], 2)
+        assert status["model"]["parameters"] == construct(package.dir).num_parameters()
+        assert said("status", *at)[1].startswith("waiting, sync, up ")
+
+        said_set = said("control", *at, "set", "outer_lr=0.5", "min_workers=2")
+        assert said_set[1] == "from the next round on: outer_lr 0.5, min_workers 2\n"
         assert json.loads(said("status", *at, "--json")[1])["min_workers"] == 2
         code, _, err = said("control", *at, "set", "outer_lrr=1")
         assert (code, "cannot set outer_lrr" in err) == (2, True)
         code, _, err = said("control", *at, "kick", "nobody")
         assert (code, "no worker 'nobody'" in err) == (2, True)
+        assert said("control", *at, "command", "save")[1].endswith("nobody, as nobody is there\n")
         assert said("control", *at, "save")[1] == "saved step 0\n"
-
-        headers = {"Authorization": f"Bearer {token}"}
         for path, kind in (("/", "text/html"), ("/metrics", "text/plain"), ("/v1/package", "application/x-tar")):
-            request = urllib.request.Request(f"http://{server.address}{path}", headers=headers)
+            request = urllib.request.Request(f"http://{address}{path}", headers={"Authorization": f"Bearer {token}"})
             with urllib.request.urlopen(request, timeout=30) as answer:
                 assert answer.headers.get_content_type() == kind
                 assert token.encode() not in answer.read()
             with pytest.raises(urllib.error.HTTPError, match="401") as refused:
-                urllib.request.urlopen(f"http://{server.address}{path}", timeout=30)
+                urllib.request.urlopen(f"http://{address}{path}", timeout=30)
             refused.value.close()
-
-        monkeypatch.setenv("FORGATHER_DILOCO_TOKEN", "x" * 30)
-        monkeypatch.delenv("FORGATHER_DILOCO_TOKEN_FILE")
-        code, _, err = said("status", *at)
-        assert (code, "has another token" in err, "x" * 30 in err) == (2, True, False)
-
+        measured = ("--step-seconds", 0.5, "-n", 3, "--parameters", "1M", "--probe-seconds", 0.3, "--json")
+        plan = json.loads(said("plan", *at, *measured)[1])
+        assert len(plan["machines"]) == 3
+        assert 0 < plan["server"]["latency_s"] < 1
+        assert plan["server"]["up_bytes_per_s"] > 1e5
+        code, _, err = said("package", tmp_path / "fetched", *at)
+        assert (code, "--trust-server-code" in err, (tmp_path / "fetched").exists()) == (2, True, False)
+        code, out, _ = said("package", tmp_path / "fetched", *at, "--trust-server-code")
+        assert package_digest(Path(out.strip())) == package.digest
         code, _, err = said("server", "-m", package.dir, "-n", 1, "--port", 0, "-o", folder)
-        assert (code, "live" in err) == (2, True)
-        command_line = Path(f"/proc/{server.process.pid}/cmdline").read_text()
-    finally:
-        code, text = server.end(signal.SIGTERM)
-    assert code == 75
-    assert "SIGTERM: the server saves and ends" in text
-    assert token not in text + command_line
+        assert (code, "is used by a live run" in err) == (2, True)
+
+    assert serve(folder, script, "-m", package.dir, "--fragments", 2, "--seed", 3) == 75
+    token = (folder / "token").read_text().strip()
+    assert "SIGTERM: the server saves and ends" in (folder / "logs" / "run.log").read_text()
     kept = [path for path in folder.rglob("*") if path.is_file() and token.encode() in path.read_bytes()]
     assert kept == [folder / "token"]
 
@@ -265,19 +298,19 @@ def test_a_server_from_its_first_start_to_its_last(said, package, tmp_path, monk
     plain = construct(package.dir, "cpu", seed=3)
     assert all(torch.equal(values[name], value) for name, value in plain.named_parameters())
     assert main(["export", str(folder), str(tmp_path / "exported")]) == 0
-    capsys.readouterr()
 
-    # The same folder goes on without -m, now with TLS: the token is the same, and a certificate stands for it.
-    made = tmp_path / "certificates"
+
+def test_a_server_goes_on_without_its_model_and_with_tls(said, serve, package, tmp_path):
+    folder, made = tmp_path / "served", tmp_path / "certificates"
+    assert serve(folder, lambda address: False, "-m", package.dir) == 75
+    token = (folder / "token").read_text()
     code, out, _ = said("cert", made, "--host", "127.0.0.1", "--client", "worker")
     assert (code, f"wrote {made}/ca.pem" in out) == (0, True)
-    tls = ("--tls-cert", made / "server.pem", "--tls-key", made / "server-key.pem", "--client-ca", made / "ca.pem")
-    server = Server(folder, "--fragments", 2, *tls)
-    at = ("--server", server.address)
-    try:
+
+    def script(address: str) -> bool:
+        at = ("--server", address)
         known = ("--tls-ca", made / "ca.pem")
         assert said("status", *at, *known, "--token-file", folder / "token")[0] == 0
-        monkeypatch.delenv("FORGATHER_DILOCO_TOKEN")
         assert said("status", *at, *known)[0] == 2
         mine = (*known, "--tls-cert", made / "worker.pem", "--tls-key", made / "worker-key.pem")
         assert said("status", *at, *mine)[0] == 0
@@ -286,11 +319,23 @@ def test_a_server_from_its_first_start_to_its_last(said, package, tmp_path, monk
         said("cert", tmp_path / "foreign", "--host", "127.0.0.1")
         code, _, err = said("status", *at, "--tls-ca", tmp_path / "foreign" / "ca.pem")
         assert (code, "is not one to trust" in err) == (2, True)
-        assert said("control", *at, *mine, "shutdown")[0] == 0
-    finally:
-        code, text = server.end()
-    assert code == 0, text
-    assert "going on from" in text
+        return said("control", *at, *mine, "shutdown")[0] == 0
+
+    tls = ("--tls-cert", made / "server.pem", "--tls-key", made / "server-key.pem", "--client-ca", made / "ca.pem")
+    assert serve(folder, script, *tls) == 0
+    assert "going on from" in (folder / "logs" / "run.log").read_text()
+    assert (folder / "token").read_text() == token
+
+
+def test_a_plan_of_given_numbers(said):
+    words = ["plan", "--mbit", 100, "--step-seconds", 0.5, "--step-seconds", 0.8, "--parameters", "30M"]
+    code, out, _ = said(*words, "--json")
+    plan = json.loads(out)
+    assert (code, plan["parameters"], [each["step_s"] for each in plan["machines"]]) == (0, 30_000_000, [0.5, 0.8])
+    assert plan["server"]["up_bytes_per_s"] == 12.5e6
+    text = said(*words)[1]
+    assert "--sync-every" in text
+    assert "DDP" in text
 
 
 def test_watching_goes_on_until_it_is_interrupted(said, monkeypatch):

@@ -18,6 +18,7 @@ class Rounds:
     def __init__(self, step: int = 0) -> None:
         self.step = step
         self.history: deque = deque(maxlen=4)
+        self.publisher = self
         self.stopped = asyncio.Event()
         self.said: list[str] = []
         self.run = SimpleNamespace(say=self.said.append)
