@@ -125,14 +125,17 @@ class _File:
         self._file = tempfile.TemporaryFile(dir=spool.folder, buffering=0)  # noqa: SIM115  closed by release
         self._map: mmap.mmap | None = None
         try:
-            if num_bytes:
+            if num_bytes and hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(self._file.fileno(), 0, num_bytes)
+            else:
+                os.ftruncate(self._file.fileno(), num_bytes)
         except OSError:
             self._file.close()
             raise
         self._spool: Spool | None = spool
         self._at = 0
         self._batch = bytearray()
+        self._writing: Future[None] | None = None
         spool.disk_used += num_bytes
 
     def write(self, data: memoryview) -> "Future[None] | None":
@@ -144,7 +147,8 @@ class _File:
             return None
         batch, at = self._batch, self._at
         self._batch, self._at = bytearray(), at + len(batch)
-        return self._submit(lambda: _pwrite(self._file.fileno(), memoryview(batch), at))
+        self._writing = self._submit(lambda: _pwrite(self._file.fileno(), memoryview(batch), at))
+        return self._writing
 
     def view(self, start: int, length: int) -> Tensor:
         if not length:
@@ -163,7 +167,11 @@ class _File:
             self._spool.disk_used -= self.num_bytes
             self._spool = None
             self._map = None
-            self._file.close()
+            # Whoever waited for a write may be gone: closed under it, it would write into whatever is opened next.
+            if self._writing is None:
+                self._file.close()
+            else:
+                self._writing.add_done_callback(lambda _: self._file.close())
 
 
 def digest_of(blocks: Iterable[memoryview]) -> str:

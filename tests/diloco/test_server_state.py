@@ -1,0 +1,467 @@
+"""A server that was stopped or killed at any moment goes on as if nothing had been.
+
+A kill is a copy of the folder at that moment, on which another server is started: what a killed process leaves.
+"""
+
+import errno
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from forgather.checkpoint import background
+from forgather.checkpoint.layout import read_layout
+from forgather.checkpoint.storage import read_tensor
+from forgather.cli.main import main
+from forgather.diloco import publisher
+from forgather.diloco.fragment_values import FragmentValues
+from forgather.diloco.messages import Settings, Version
+from forgather.diloco.outer import DelayedNesterov, Nesterov
+from forgather.diloco.server_state import Journal
+from forgather.errors import CheckpointError
+from tests.diloco.running_server import RunningServer, running_server, settings_of
+from tests.diloco.speaking import Reply, Speaker, ask, whole
+from tests.diloco.test_server import HELD, come, one, until, values
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.fixture(autouse=True)
+def retried_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publisher, "RETRY_S", 0.02)
+
+
+def difference(worker: str, round: int) -> dict[str, Tensor]:
+    return {name: 0.1 * value for name, value in values(100 * ord(worker) + round).items()}
+
+
+def rounds(workers: Sequence[Speaker], numbers: range, fragments: Sequence[Sequence[str]]) -> None:
+    """All workers contribute to these rounds of all fragments, each of which is waited for."""
+    for round in numbers:
+        for number, names in enumerate(fragments):
+            for worker in workers:
+                mine = {name: difference(worker.name, round)[name] for name in names}
+                assert worker.contribute(round, mine, fragment=number, upload="bf16").json["state"] in (
+                    "held",
+                    "counted",
+                )
+            mine = {name: values(0)[name] for name in names}
+            workers[0].taken(mine, whole(mine), at_least=round + 1, fragment=number)
+
+
+def state(server: RunningServer) -> dict[str, Any]:
+    """Everything that decides how it goes on."""
+
+    def look() -> dict[str, Any]:
+        coordinator = server.coordinator
+        tensors = {f"outer {key}": value.clone() for key, value in coordinator.outer.state_tensors().items()}
+        for fragment in coordinator.fragments:
+            for name in fragment.master:
+                tensors[f"master {name}"] = fragment.master[name].clone()
+                tensors[f"published {name}"] = fragment.published[name].clone()
+        said = coordinator.rounds.state_dict()
+        return {"tensors": tensors, "rounds": said, "versions": [each.version for each in coordinator.fragments]}
+
+    return server.call(look)
+
+
+def require_equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    assert one["versions"] == other["versions"]
+    assert one["rounds"] == other["rounds"]
+    assert one["tensors"].keys() == other["tensors"].keys()
+    for name, value in one["tensors"].items():
+        assert torch.equal(value, other["tensors"][name]), name
+
+
+FRAGMENTS = [["a.weight", "a.bias"], ["b.weight"]]
+
+
+def settings(download: str = "int4", **others: Any) -> Settings:
+    return settings_of(values(0), FRAGMENTS, upload="bf16", download=download, **others)
+
+
+@pytest.mark.parametrize("download", ["fp32", "int4"])
+def test_stopped_and_started_again_it_goes_on_as_if_it_had_not_been(tmp_path: Path, download: str) -> None:
+    with running_server(tmp_path / "one", values(0), settings(download), Nesterov(), num_workers=2) as server:
+        rounds(come(server, "a", "b"), range(4), FRAGMENTS)
+        expected = state(server)
+    for part in (range(2), range(2, 4)):
+        # What it is started with is not what it goes on with.
+        first = values(0 if part[0] == 0 else 99)
+        with running_server(tmp_path / "two", first, settings(download), Nesterov(), num_workers=2) as server:
+            rounds(come(server, "a", "b"), part, FRAGMENTS)
+            found = state(server)
+            history = server.status()["history"]
+    require_equal(found, expected)
+    assert [each["version"] for each in history if each["fragment"] == 0] == [1, 2, 3, 4]
+
+
+def test_the_change_to_the_last_version_can_still_be_sent_after_a_restart(tmp_path: Path) -> None:
+    with running_server(tmp_path, values(0), settings_of(values(0), download="int8")) as server:
+        worker = come(server, "a")[0]
+        before = server.coordinator.fragments[0].version
+        worker.contribute(0, values(1))
+        _, held = worker.taken(values(0), whole(values(0)), at_least=1, have=before)
+    with running_server(tmp_path, values(0), settings_of(values(0), download="int8")) as server:
+        answer = Speaker(server, "a").values(whole(values(0)), have=before)
+        assert not isinstance(answer, Reply)
+        assert answer[0].content == "change"
+        _, again = Speaker(server, "a").taken(values(0), whole(values(0)), have=before)
+        for name, value in held.items():
+            assert torch.equal(value, again[name])
+
+
+@contextmanager
+def killed_at(moment: str, folder: Path, copy: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Within the block the server's folder is copied at this moment of its first round, for the first time."""
+
+    def snapshot() -> None:
+        if not copy.exists():
+            shutil.copytree(folder, copy)
+
+    if moment == "before the outer step":
+        step = Nesterov.step
+
+        def stepping(self: Nesterov, name: str, master: Tensor, mean: Tensor) -> None:
+            snapshot()
+            step(self, name, master, mean)
+
+        monkeypatch.setattr(Nesterov, "step", stepping)
+    elif moment == "while it saves":
+        commit = background.commit
+
+        def committing(*arguments: Any) -> list[str]:
+            snapshot()
+            return commit(*arguments)
+
+        monkeypatch.setattr(background, "commit", committing)
+    else:
+        move = FragmentValues.move
+
+        def moving(self: FragmentValues) -> None:
+            snapshot()
+            move(self)
+
+        monkeypatch.setattr(FragmentValues, "move", moving)
+    yield
+    monkeypatch.undo()
+    monkeypatch.setattr(publisher, "RETRY_S", 0.02)
+
+
+@pytest.mark.parametrize("download", ["fp32", "int4"])
+@pytest.mark.parametrize("moment", ["before the outer step", "while it saves", "saved and not published"])
+def test_killed_at_any_moment_it_loses_nothing_and_counts_nothing_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, download: str
+) -> None:
+    said = settings_of(values(0), upload="bf16", download=download)
+    names = [list(values(0))]
+    with running_server(tmp_path / "one", values(0), said, Nesterov(), num_workers=2) as server:
+        workers = come(server, "a", "b")
+        with killed_at(moment, tmp_path / "one", tmp_path / "copy", monkeypatch):
+            rounds(workers, range(1), names)
+        rounds(workers, range(1, 3), names)
+        expected = state(server)
+    with running_server(tmp_path / "copy", values(0), said, Nesterov(), num_workers=2) as server:
+        was_saved = moment == "saved and not published"
+        assert server.status()["versions"] == [int(was_saved)]
+        # They do not know what became of what they sent, and send it again.
+        workers = come(server, "a", "b")
+        replies = [worker.contribute(0, difference(worker.name, 0), upload="bf16").json for worker in workers]
+        assert [reply["state"] for reply in replies] == ["counted" if was_saved else "held"] * 2
+        workers[0].taken(values(0), whole(values(0)), at_least=1)
+        rounds(workers, range(1, 3), names)
+        require_equal(state(server), expected)
+
+
+class TestSavingEveryFewVersions:
+    def test_the_rounds_since_are_made_again_with_the_same_contributions(self, tmp_path: Path) -> None:
+        said = settings_of(values(0), upload="bf16", download="int4")
+        with running_server(
+            tmp_path / "one", values(0), said, Nesterov(), num_workers=2, save_every=3, round_timeout_s=0.05
+        ) as server:
+            a, b = come(server, "a", "b")
+            rounds([a, b], range(3), [list(values(0))])
+            assert server.status()["durable"] == [3]
+            rounds([b], range(3, 4), [list(values(0))])  # a is late, by more than the deadline
+            rounds([a, b], range(4, 5), [list(values(0))])
+            assert server.status()["durable"] == [3]
+            shutil.copytree(tmp_path / "one", tmp_path / "copy")
+            expected = state(server)
+        with running_server(
+            tmp_path / "copy", values(0), said, Nesterov(), num_workers=2, save_every=3, round_timeout_s=0.05
+        ) as server:
+            assert server.status()["versions"] == [3]
+            a, b = come(server, "a", "b")
+            # a is not one of those that made version 4; c not of any: they wait, and are then told what is open.
+            replies: list[Reply] = []
+            threads = [
+                threading.Thread(
+                    target=lambda each=each: replies.append(each.contribute(3, difference("c", 3), upload="bf16"))
+                )
+                for each in (a, come(server, "c")[0])
+            ]
+            for thread in threads:
+                thread.start()
+            reply = b.contribute(4, difference("b", 4), upload="bf16")
+            assert (reply.status, reply.json["open"][0]) == (409, 3)  # what it sent before is wanted first
+            assert b.contribute(3, difference("b", 3), upload="bf16").json == HELD
+            b.taken(values(0), whole(values(0)), at_least=4)
+            assert a.contribute(4, difference("a", 4), upload="bf16").json == HELD
+            assert b.contribute(4, difference("b", 4), upload="bf16").json == HELD
+            b.taken(values(0), whole(values(0)), at_least=5)
+            for thread in threads:
+                thread.join(20)
+            assert sorted(each.json["open"][0] for each in replies) in ([4, 5], [5, 5])
+            found = state(server)
+            for each in (found, expected):
+                del each["rounds"]["expected"]  # c is here now
+            require_equal(found, expected)
+
+    def test_an_asynchronous_servers_arrivals_come_in_the_same_order(self, tmp_path: Path) -> None:
+        said = settings_of(values(0), upload="bf16", mode="async")
+        arguments: dict[str, Any] = {"num_workers": 2, "save_every": 100}
+        with running_server(tmp_path / "one", values(0), said, DelayedNesterov(every=2), **arguments) as server:
+            a, b = come(server, "a", "b")
+            for number, (worker, round) in enumerate([(a, 0), (b, 0), (a, 2), (a, 3)]):
+                worker.contribute(round, difference(worker.name, round), upload="bf16")
+                worker.taken(values(0), whole(values(0)), at_least=number + 1)
+            shutil.copytree(tmp_path / "one", tmp_path / "copy")
+            expected = state(server)
+        with running_server(tmp_path / "copy", values(0), said, DelayedNesterov(every=2), **arguments) as server:
+            a, b = come(server, "a", "b")
+            a.contribute(0, difference("a", 0), upload="bf16")
+            for worker, round, number in ((b, 0, 1), (a, 2, 2), (a, 3, 3)):
+                worker.taken(values(0), whole(values(0)), at_least=number)
+                assert worker.contribute(round, difference(worker.name, round), upload="bf16").json == HELD
+            a.taken(values(0), whole(values(0)), at_least=4)
+            require_equal(state(server), expected)
+
+    def test_a_save_by_hand_makes_all_durable_and_a_stop_does_too(self, tmp_path: Path) -> None:
+        with running_server(tmp_path, one(0.0), save_every=100) as server:
+            worker = come(server, "a")[0]
+            worker.contribute(0, one(1.0))
+            worker.taken(one(0.0), whole(one(0.0)), at_least=1)
+            assert server.status()["durable"] == [0]
+            answer = worker.values(whole(one(0.0)))
+            assert not isinstance(answer, Reply)
+            assert answer[0].durable == 0
+            assert ask(server, "POST", "/v1/control/save").json == {"step": 1}
+            assert server.status()["durable"] == [1]
+            worker.contribute(1, one(1.0))
+            worker.taken(one(0.0), whole(one(0.0)), at_least=2)
+        with running_server(tmp_path, one(0.0), save_every=100) as server:
+            assert server.status()["versions"] == [2]
+
+
+class TestJournal:
+    def test_it_has_what_a_state_lacks_in_order(self, tmp_path: Path) -> None:
+        journal = Journal(tmp_path / "journal")
+        versions = [Version(2, "x"), Version(0, "y")]
+        assert journal.after(versions) == [[], []]
+        for fragment, number, who in ((0, 2, "old"), (0, 3, "a"), (1, 1, "b"), (0, 4, "c")):
+            journal.add(fragment, Version(number, "z"), [(who, number - 1)])
+        assert journal.after(versions) == [[[("a", 2)], [("c", 3)]], [[("b", 0)]]]
+        with journal.path.open("ab") as file:
+            file.write(b"[0, [5, ")  # it was killed while it wrote
+        assert journal.after(versions) == [[[("a", 2)], [("c", 3)]], [[("b", 0)]]]
+        journal.clear()
+        assert journal.after(versions) == [[], []]
+
+    def test_rounds_that_were_made_again_as_they_were_change_nothing_and_others_end_what_came_after(
+        self, tmp_path: Path
+    ) -> None:
+        journal = Journal(tmp_path / "journal")
+        for number, who in ((1, "a"), (2, "b"), (1, "a")):
+            journal.add(0, Version(number, "z"), [(who, number - 1)])
+        assert journal.after([Version(0, "")]) == [[[("a", 0)], [("b", 1)]]]
+        journal.add(0, Version(1, "z"), [("c", 0)])
+        assert journal.after([Version(0, "")]) == [[[("c", 0)]]]
+
+    def test_a_line_that_is_none_is_told(self, tmp_path: Path) -> None:
+        (tmp_path / "journal").write_text("nonsense\n")
+        with pytest.raises(CheckpointError, match="is damaged"):
+            Journal(tmp_path / "journal").after([Version(0, "")])
+
+    def test_a_line_that_the_disk_did_not_take_is_not_there(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        journal = Journal(tmp_path / "journal")
+        journal.add(0, Version(1, "z"), [("a", 0)])
+
+        def full(descriptor: int) -> None:
+            raise FULL
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            journal.add(0, Version(2, "z"), [("a", 1)])
+        assert journal.after([Version(0, "")]) == [[[("a", 0)]]]
+
+
+class TestFullDisk:
+    @contextmanager
+    def failing(self, monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> Iterator[Callable[[], None]]:
+        """`module.name` finds the disk full until the function that is given is called."""
+        works = getattr(module, name)
+        is_full = True
+
+        def tried(*arguments: Any, **named: Any) -> Any:
+            if is_full:
+                raise FULL
+            return works(*arguments, **named)
+
+        def freed() -> None:
+            nonlocal is_full
+            is_full = False
+
+        monkeypatch.setattr(module, name, tried)
+        yield freed
+
+    @pytest.mark.parametrize("save_every", [1, 10], ids=["saving", "journal"])
+    def test_while_it_cannot_save_nothing_is_published_and_all_else_goes_on(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_every: int
+    ) -> None:
+        said = settings_of(one(0.0), download="bf16")
+        with running_server(tmp_path, one(0.0), said, save_every=save_every) as server:
+            worker = come(server, "a")[0]
+            where = (background, "write_part") if save_every == 1 else (Journal, "add")
+            with self.failing(monkeypatch, *where) as freed:
+                worker.contribute(0, one(1.0))
+                until(lambda: "No space left" in (server.status()["trouble"] or ""))
+                assert worker.beat().status == 200
+                assert server.status()["versions"] == [0]
+                _, held = worker.taken(one(5.0), whole(one(0.0)))
+                assert torch.equal(held["w"], torch.zeros(3))
+                reply = ask(server, "POST", "/v1/control/save")
+                assert reply.status == 507
+                assert "No space left" in reply.json["error"]
+                assert worker.contribute(0, one(1.0)).json == HELD
+                freed()
+                version, held = worker.taken(one(0.0), whole(one(0.0)), at_least=1)
+            assert version.number == 1
+            assert torch.equal(held["w"], torch.full((3,), -1.0))
+            assert server.status()["trouble"] is None
+
+    def test_a_server_that_cannot_save_can_be_ended(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        with running_server(tmp_path, one(0.0)) as server:
+            worker = come(server, "a")[0]
+            with self.failing(monkeypatch, background, "write_part"):
+                worker.contribute(0, one(1.0))
+                until(lambda: server.status()["trouble"] is not None)
+                server.loop.call_soon_threadsafe(server.coordinator.shutdown)
+                until(server.coordinator.stopped.is_set)
+        with running_server(tmp_path, one(0.0)) as server:
+            assert server.status()["versions"] == [0]  # the contribution is with the worker
+            assert Speaker(server, "a").register().status == 200
+            assert Speaker(server, "a").contribute(0, one(1.0)).json == HELD
+
+    def test_a_contribution_for_which_there_is_no_room_is_refused_and_may_come_again(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with running_server(tmp_path, one(0.0), spool_bytes=0) as server:
+            worker = come(server, "a")[0]
+            with self.failing(monkeypatch, os, "posix_fallocate") as freed:
+                reply = worker.contribute(0, one(1.0))
+                assert reply.status == 507
+                assert "disk is full" in reply.json["error"]
+                assert "disk is full" in server.status()["trouble"]
+                freed()
+                assert worker.contribute(0, one(1.0)).json == HELD
+                assert server.status()["trouble"] is None
+
+
+def test_its_folder_is_a_run_that_can_be_verified_and_holds_the_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "config.json").write_text("{}")
+    constants = {"cache": torch.arange(4)}
+    run = tmp_path / "run"
+    said = settings_of(values(0), download="bf16")
+    with running_server(run, values(0), said, Nesterov(), package=package, constants=constants) as server:
+        worker = come(server, "a")[0]
+        worker.contribute(0, values(1))
+        worker.taken(values(0), whole(values(0)), at_least=1)
+        master = {name: value.clone() for name, value in server.coordinator.fragments[0].master.items()}
+    folder = run / "checkpoints" / "step-00000001"
+    layout = read_layout(folder)
+    for name, value in (master | constants).items():
+        assert torch.equal(read_tensor(folder, layout, f"model/{name}"), value)
+    assert (folder / "package" / "config.json").read_text() == "{}"
+    for verb in ("ls", "verify", "inspect"):
+        assert main(["checkpoint", verb, str(run)]) == 0
+    assert "whole" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("others", "named"),
+    [
+        ({"download": "int8"}, "int4 download"),
+        ({"fragments": [list(values(0))]}, "fragments"),
+        ({"mode": "async"}, "sync mode"),
+    ],
+)
+def test_a_folder_of_a_server_with_other_settings_is_refused(
+    tmp_path: Path, others: dict[str, Any], named: str
+) -> None:
+    with running_server(tmp_path, values(0), settings()):
+        pass
+    said = {"fragments": FRAGMENTS, "download": "int4", "upload": "bf16"} | others
+    fragments = said.pop("fragments")
+    with (
+        pytest.raises(CheckpointError, match=named),
+        running_server(tmp_path, values(0), settings_of(values(0), fragments, **said)),
+    ):
+        pass
+
+
+def test_after_a_restart_all_are_to_say_that_they_are_there_and_their_names_are_theirs(tmp_path: Path) -> None:
+    with running_server(tmp_path, one(0.0)) as server:
+        worker = come(server, "a")[0]
+        assert worker.register(data="d1").status == 200
+        worker.contribute(0, one(1.0))
+        worker.taken(one(0.0), whole(one(0.0)), at_least=1)
+    with running_server(tmp_path, one(0.0)) as server:
+        assert Speaker(server, "a", "another-key-0123456789").register().status == 409
+        worker = Speaker(server, "a")
+        assert worker.beat().status == 404
+        assert worker.contribute(1, one(1.0)).status == 404
+        registered = worker.register().json
+        assert registered["settings"]["data"] == "d1"
+        assert worker.contribute(0, one(1.0)).json["state"] == "counted"
+        assert worker.contribute(1, one(1.0)).json == HELD
+
+
+def test_work_units_are_leased_counted_and_survive(tmp_path: Path) -> None:
+    said = settings_of(one(0.0), work_units=5)
+    with running_server(tmp_path, one(0.0), said) as server:
+        worker = come(server, "a")[0]
+
+        def unit(sequence: int) -> Any:
+            request = {"worker": "a", "sequence": sequence, "rows": 10, "order": "o"}
+            return ask(server, "POST", "/v1/units", request, key=worker.key).json
+
+        first, second = unit(0), unit(1)
+        assert (first["start"], first["length"], second["start"]) == (0, 2, 2)
+        assert unit(0) == first
+        worker.contribute(0, one(1.0), consumed={"0": 2})
+        worker.taken(one(0.0), whole(one(0.0)), at_least=1)
+        third = unit(2)  # after the save
+        until(lambda: server.status()["ledger"]["trained"] == 2)
+        assert worker.contribute(1, one(1.0), consumed={"x": 2}).status == 422
+    with running_server(tmp_path, one(0.0), said) as server:
+        worker = come(server, "a")[0]
+        assert server.status()["ledger"]["trained"] == 2
+        assert unit(1) == second
+        assert unit(2) == third
+    with running_server(tmp_path / "without", one(0.0)) as server:
+        worker = come(server, "a")[0]
+        assert ask(server, "POST", "/v1/units", {"worker": "a"}, key=worker.key).status == 422
+        assert server.status()["ledger"] is None

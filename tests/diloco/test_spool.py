@@ -1,0 +1,110 @@
+"""Room for contributions: memory up to a budget, files beyond, and nothing left of what was given back."""
+
+import errno
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from forgather.diloco.messages import ProtocolError
+from forgather.diloco.spool import Room, Spool
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def submit():
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit
+
+
+def put(room: Room, data: bytes, step: int = 100_000) -> None:
+    for start in range(0, len(data), step):
+        written = room.write(memoryview(data)[start : start + step])
+        if written is not None:
+            written.result(10)
+    if (written := room.finish()) is not None:
+        written.result(10)
+
+
+@pytest.mark.parametrize("memory_bytes", [64 * MIB, 0], ids=["memory", "file"])
+def test_what_is_written_in_pieces_is_there_at_any_place(
+    tmp_path: Path, submit: Callable[..., "Future[None]"], memory_bytes: int
+) -> None:
+    spool = Spool(tmp_path, memory_bytes, submit)
+    data = os.urandom(3 * MIB + 17)
+    room = spool.room(len(data))
+    put(room, data)
+    for start, length in ((0, len(data)), (1, 100), (2 * MIB - 3, MIB), (len(data), 0)):
+        assert bytes(room.view(start, length).numpy()) == data[start : start + length]
+    room.forget(4096, 2 * MIB)
+    assert bytes(room.view(4097, 50).numpy()) == data[4097:4147]  # it was only put out of memory
+    room.release()
+
+
+def test_the_budget_is_kept_and_what_is_given_back_is_given_again(
+    tmp_path: Path, submit: Callable[..., "Future[None]"]
+) -> None:
+    spool = Spool(tmp_path, 10 * MIB, submit)
+    rooms = [spool.room(4 * MIB) for _ in range(4)]
+    assert (spool.memory_used, spool.disk_used) == (8 * MIB, 8 * MIB)
+    rooms[0].release()
+    rooms[0].release()  # twice is once
+    rooms.append(spool.room(4 * MIB))
+    assert (spool.memory_used, spool.disk_used) == (8 * MIB, 8 * MIB)
+    for room in rooms:
+        room.release()
+    assert (spool.memory_used, spool.disk_used) == (0, 0)
+
+
+def test_files_have_no_names_so_that_nothing_is_left_of_a_server_that_was_killed(
+    tmp_path: Path, submit: Callable[..., "Future[None]"]
+) -> None:
+    room = Spool(tmp_path, 0, submit).room(MIB)
+    put(room, bytes(MIB))
+    assert list(tmp_path.iterdir()) == []
+    room.release()
+
+
+def test_a_view_stays_good_when_its_room_is_given_back(tmp_path: Path, submit: Callable[..., "Future[None]"]) -> None:
+    for memory_bytes in (MIB, 0):
+        room = Spool(tmp_path, memory_bytes, submit).room(1000)
+        put(room, b"x" * 1000)
+        view = room.view(0, 1000)
+        room.release()
+        assert torch.all(view == ord("x"))
+
+
+def test_a_file_is_not_closed_under_a_thread_that_writes_to_it(tmp_path: Path) -> None:
+    """Its number might be another file's by then."""
+    waiting: list[Callable[[], None]] = []
+    written: Future[None] = Future()
+
+    def submit(write: Callable[[], None]) -> "Future[None]":
+        waiting.append(write)
+        return written
+
+    room = Spool(tmp_path, 0, submit).room(2 * MIB)
+    assert room.write(memoryview(bytes(2 * MIB))) is written
+    room.release()
+    waiting[0]()
+    written.set_result(None)
+    with pytest.raises(ValueError, match="closed file"):
+        waiting[0]()
+
+
+def test_a_full_disk_is_told_before_anything_is_read(
+    tmp_path: Path, submit: Callable[..., "Future[None]"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int, start: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    spool = Spool(tmp_path, 0, submit)
+    with pytest.raises(ProtocolError, match="disk is full") as refused:
+        spool.room(MIB)
+    assert refused.value.status == 507
+    assert spool.disk_used == 0
