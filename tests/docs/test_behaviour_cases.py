@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # The page, the mark of its tests, and the cases that there are.
 PAGES = [
     ("behaviour-cases.md", "case", [*range(1, 61)]),
-    ("training-cases.md", "training_case", [*range(1, 50), 66, 67, 70, 72, 73, *range(82, 87)]),
+    ("training-cases.md", "training_case", [*range(1, 50), *range(66, 87)]),
 ]
 each_page = pytest.mark.parametrize(("page", "mark", "cases"), PAGES, ids=[page for page, *_ in PAGES])
 
