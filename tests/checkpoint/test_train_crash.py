@@ -6,6 +6,7 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -57,13 +58,15 @@ class Training:
     The process is forked from a server that has imported torch, so that a start costs a third.
     """
 
-    def __init__(self, project: Path, name: str, steps: int, ranks: int) -> None:
+    def __init__(self, project: Path, name: str, steps: int, ranks: int, extra: Sequence[str] = ()) -> None:
         self.run = project / "runs" / name
         self.log = project / f"{name}.log"
         self.log.touch()
         self._said = self.log.stat().st_size
         words = ["-p", str(project), "train", "--device", "cpu", "--run-name", name, "--steps", str(steps)]
-        self.process = _FORKSERVER.Process(target=_forgather, args=([*words, "--nproc", str(ranks)], str(self.log)))
+        self.process = _FORKSERVER.Process(
+            target=_forgather, args=([*words, "--nproc", str(ranks), *extra], str(self.log))
+        )
         self.process.start()
 
     def said(self) -> str:
