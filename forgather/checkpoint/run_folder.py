@@ -76,8 +76,9 @@ class RunFolder:
     def say(self, text: str) -> None:
         """Tell the user: on stderr, and with the time in `logs/run.log`. Rank 0 speaks."""
         if rank() == 0:
-            print(text, file=sys.stderr, flush=True)
-            # On a full disk it has at least been said; what is being said may be just that.
+            # Either may lead to a full disk, and what is being said may be just that.
+            with contextlib.suppress(OSError):
+                print(text, file=sys.stderr, flush=True)
             with contextlib.suppress(OSError), (self.logs / "run.log").open("a") as log:
                 log.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {text}\n")
 

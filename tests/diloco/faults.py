@@ -344,7 +344,10 @@ def same_name(world: World) -> str:
 @fault("full disk on the server")
 def full_disk(world: World) -> str:
     assert world.server is not None
-    pid = world.server.process.pid
+    world.server.kill()
+    log = world.folder / "log"  # on the same disk
+    log.write_bytes(bytes(10_000))
+    pid = world.start_server(log=log).process.pid
     a, b = world.start_worker("a", pause_s=0.1), world.start_worker("b", pause_s=0.1)
     b.wait_for("step", 3)
     _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))

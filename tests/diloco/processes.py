@@ -62,7 +62,10 @@ def digest_of(values: Mapping[str, torch.Tensor]) -> str:
 
 @dataclass
 class ServerPlan:
-    """How a server is started. `dies` kills it at a moment: (where, at the which-th time)."""
+    """How a server is started. `dies` kills it at a moment: (where, at the which-th time).
+
+    With `log`, what it says goes to that file.
+    """
 
     folder: Path
     port: int = 0
@@ -71,6 +74,7 @@ class ServerPlan:
     settings: Mapping[str, Any] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
     dies: tuple[str, int] | None = None
+    log: Path | None = None
 
 
 @dataclass
@@ -107,15 +111,18 @@ class Child:
                     break
                 event = self.pipe.recv()
             except (EOFError, ConnectionResetError):
-                raise AssertionError(f"ended before {kind} {value}; last: {self.seen[-3:]}") from None
+                raise AssertionError(f"ended before {kind} {value}; last: {str(self.seen[-1:])[:500]}") from None
             self.seen.append(event)
             if event[0] == kind and (value is None or event[1] == value):
                 return tuple(event)
             assert event[0] != "failed" or kind == "failed", event[1]
-        raise AssertionError(f"no {kind} {value} within {timeout_s:.0f} s; last: {self.seen[-3:]}")
+        raise AssertionError(f"no {kind} {value} within {timeout_s:.0f} s; last: {str(self.seen[-1:])[:500]}")
 
     def ask(self, *question: Any) -> Any:
-        self.pipe.send(question)
+        try:
+            self.pipe.send(question)
+        except OSError:
+            raise AssertionError(f"it has ended, with {self.join(1.0)}, and cannot say its {question[0]}") from None
         return self.wait_for(question[0])[1]
 
     def kill(self) -> None:
@@ -218,6 +225,9 @@ def _serve(plan: ServerPlan, pipe: Connection) -> None:
     settings = Settings(**{**settings.__dict__, **plan.settings, "fragments": fragments})
     if plan.dies is not None:
         _die(*plan.dies)
+    if plan.log is not None:
+        descriptor = os.open(plan.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.dup2(descriptor, 2)
 
     async def run(folder: RunFolder) -> None:
         coordinator = Coordinator(
