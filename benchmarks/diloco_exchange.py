@@ -1,0 +1,403 @@
+"""What one exchange costs: time against the line's rate and a bare socket copy, bytes against DDP, the server's memory.
+
+    python benchmarks/diloco_exchange.py                          1 GB of fp32 parameters; 16 GB of memory, 10 minutes
+    python benchmarks/diloco_exchange.py --megabytes 100          smaller
+
+As root with iproute2: two workers and a server are hosts of tests/lan.py. Each process is started anew, so a peak of
+memory is that of one thing. Without hosts only what loopback shows is measured.
+
+Limits: an exchange takes at most 1.15 of its bytes over the line's rate, the saving of its round included; on loopback
+at least 0.6 of the speed of a bare socket copy of the bytes; the server's peak is at most 4 models + 0.5 GB; of a
+transfer that takes as long as the training beside it, 90 % is hidden, and no step is longer than 1.3 of the median;
+bytes of a step at a worker's interface, H = 500, are 980 (bf16) and 3,400 (int4) times less than DDP's.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from interleaved import machine_line  # noqa: E402
+from verdict import Bar, print_verdict  # noqa: E402
+
+from tests.lan import Host, Lan, missing  # noqa: E402
+
+TOKEN = "token-of-the-benchmark"
+NUM_BLOCKS = 20
+GBIT_BYTES_PER_S = 125e6
+H = 500  # inner steps to an exchange, where figures are per step
+
+
+class Parameters(nn.Module):
+    """Parameters of so many MB in fp32, in blocks that are called as those of a model are."""
+
+    def __init__(self, megabytes: float) -> None:
+        super().__init__()
+        numel = int(megabytes * 1e6 / 4 / NUM_BLOCKS) // 128 * 128
+        self.layers = nn.ModuleList([nn.Linear(128, numel // 128, bias=False) for _ in range(NUM_BLOCKS)])
+
+    def forward(self) -> torch.Tensor:
+        return torch.stack([block.weight.sum() for block in self.layers]).sum()
+
+
+def make_model(megabytes: float) -> Parameters:
+    with torch.device("meta"):
+        model = Parameters(megabytes)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters()):
+            parameter.normal_(generator=torch.Generator().manual_seed(number))
+    return model
+
+
+# --- the processes
+
+
+def serve(plan: dict[str, Any]) -> None:
+    """The server; prints its port, and ends with its standard input."""
+    from forgather.checkpoint.run_folder import RunFolder
+    from forgather.diloco.application import serving
+    from forgather.diloco.coordinator import Coordinator
+    from forgather.diloco.fragments import divide
+    from forgather.diloco.messages import Settings
+    from forgather.diloco.outer import Nesterov
+
+    model = make_model(plan["megabytes"])
+    values = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    del model
+    shapes = {name: tuple(value.shape) for name, value in values.items()}
+    fragments = divide(shapes, plan["num_fragments"], "strided")
+    settings = Settings(
+        shapes,
+        fragments,
+        sync_every=plan["sync_every"],
+        upload=plan["codec"],
+        download=plan["codec"],
+        delay=plan["delay"],
+        lease_s=600.0,
+    )
+
+    async def run(folder: RunFolder) -> None:
+        coordinator = Coordinator(
+            values, settings, Nesterov(), folder, num_workers=plan["num_workers"], save_every=plan["save_every"]
+        )
+        values.clear()
+        async with serving(coordinator, TOKEN, plan["host"], 0) as (_, port):
+            print(port, flush=True)
+            await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+            coordinator.shutdown()
+
+    with RunFolder(Path(plan["folder"])) as folder:
+        asyncio.run(run(folder))
+
+
+def work(plan: dict[str, Any]) -> None:
+    """A worker; prints the seconds of each of its steps, and how many bytes of bodies it moved."""
+    from forgather.diloco.address import parse_address
+    from forgather.diloco.worker import DiLoCo
+
+    model = make_model(plan["megabytes"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    diloco = DiLoCo(
+        model,
+        optimizer,
+        parse_address(plan["server"], token=TOKEN),
+        plan["name"],
+        patience_s=600,
+        say=str,  # nobody is to read it
+    )
+    with diloco:
+        print("begun", flush=True)
+        sys.stdin.readline()
+        seconds = []
+        for _ in range(plan["steps"]):
+            begun = time.perf_counter()
+            time.sleep(plan["compute_s"])  # as a GPU would compute: the processor is free for the exchange
+            optimizer.step()  # without gradients: nothing but what DiLoCo does
+            seconds.append(time.perf_counter() - begun)
+        print(json.dumps(seconds), flush=True)
+        sys.stdin.readline()
+
+
+def train_ddp(plan: dict[str, Any]) -> None:
+    """A rank of data parallel training of the same parameters."""
+    dist.init_process_group("gloo")
+    model = nn.parallel.DistributedDataParallel(make_model(plan["megabytes"]), gradient_as_bucket_view=True)
+    seconds = []
+    for step in range(plan["steps"] + 1):
+        if step == 1:
+            print("begun", flush=True)
+            sys.stdin.readline()
+        begun = time.perf_counter()
+        model().backward()
+        seconds.append(time.perf_counter() - begun)
+        model.zero_grad()
+    print(json.dumps(seconds[1:]), flush=True)
+    sys.stdin.readline()
+    dist.destroy_process_group()
+
+
+# --- where they run
+
+
+class Here:
+    """This machine as a host, by its loopback."""
+
+    name, address = "loopback", "127.0.0.1"
+
+    @contextmanager
+    def start(self, command: Sequence[str], **arguments: Any) -> Iterator[Any]:
+        with subprocess.Popen(command, **arguments) as popen:
+            try:
+                yield popen
+            finally:
+                popen.kill()
+
+
+@contextmanager
+def running(host: Host | Here, kind: str, plan: dict[str, Any], **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """One of the processes above, on a host."""
+    command = [sys.executable, __file__, "--process", kind, "--plan", json.dumps(plan)]
+    with host.start(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+    ) as process:
+        yield getattr(process, "popen", process)
+
+
+def read(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    line = process.stdout.readline().strip()
+    if not line:
+        raise SystemExit("a process of the benchmark has ended; see what it said above")
+    return line
+
+
+def go_on(*processes: subprocess.Popen[str]) -> None:
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+
+
+def server_peak_bytes() -> int:
+    """The most memory that the server has had; on a host it is not the process that was started, but one of its."""
+    peaks = [0]
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (path / "cmdline").read_bytes()
+            status = (path / "status").read_text(encoding="utf-8")
+        except OSError:
+            continue
+        if b"--process\0serve" in command and Path(__file__).name.encode() in command:
+            peaks += [int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")]
+    return max(peaks)
+
+
+class Exchange:
+    """What a run of two workers has shown."""
+
+    def __init__(self) -> None:
+        self.seconds: list[list[float]] = []  # of each worker's steps
+        self.worker_bytes = 0.0  # of the first worker, both ways, a round
+        self.server_peak = 0
+
+    @property
+    def round_s(self) -> float:
+        """Seconds of an exchange: of the slower worker, the median over the rounds after the first."""
+        return max(statistics.median(each[1:]) for each in self.seconds)
+
+
+def exchange(
+    hosts: Sequence[Host | Here],
+    megabytes: float,
+    *,
+    codec: str = "bf16",
+    steps: int = 4,
+    sync_every: int = 1,
+    num_fragments: int = 1,
+    delay: int = 0,
+    compute_s: float = 0.0,
+    save_every: int = 1,
+) -> Exchange:
+    """Let two workers exchange; the first host is the server's."""
+    found = Exchange()
+    plan = {"megabytes": megabytes, "codec": codec, "steps": steps, "sync_every": sync_every, "delay": delay}
+    plan |= {"num_fragments": num_fragments, "compute_s": compute_s, "save_every": save_every, "num_workers": 2}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        running(hosts[0], "serve", plan | {"host": hosts[0].address, "folder": f"{folder}/server"}) as server,
+    ):
+        address = f"{hosts[0].address}:{read(server)}"
+        one, other = (
+            running(host, "work", plan | {"server": address, "name": f"worker{number}"})
+            for number, host in enumerate(hosts[1:3])
+        )
+        with one as first, other as second:
+            for worker in (first, second):
+                read(worker)
+            before = _interface_bytes(hosts[1])
+            go_on(first, second)
+            found.seconds = [json.loads(read(worker)) for worker in (first, second)]
+            found.worker_bytes = (_interface_bytes(hosts[1]) - before) / max(1, steps // sync_every)
+            found.server_peak = server_peak_bytes()
+    return found
+
+
+def _interface_bytes(host: Host | Here) -> int:
+    return host.sent() + host.received() if isinstance(host, Host) else 0
+
+
+def ddp(hosts: Sequence[Host], megabytes: float, steps: int = 2) -> tuple[float, float]:
+    """Seconds of a step of DDP, and bytes at a worker's interface, both ways."""
+    plan = {"megabytes": megabytes, "steps": steps}
+    shared = {"MASTER_ADDR": hosts[0].address, "MASTER_PORT": "29511", "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lan0"}
+    with (
+        running(hosts[0], "ddp", plan, RANK="0", **shared) as one,
+        running(hosts[1], "ddp", plan, RANK="1", **shared) as other,
+    ):
+        for worker in (one, other):
+            read(worker)
+        before = _interface_bytes(hosts[1])
+        go_on(one, other)
+        seconds = [json.loads(read(worker)) for worker in (one, other)]
+        moved = _interface_bytes(hosts[1]) - before
+    return max(map(statistics.median, seconds)), moved / steps
+
+
+def socket_copy_s(num_bytes: int) -> float:
+    """Seconds in which a bare socket carries so many bytes over loopback, into memory that is there."""
+    room, data = bytearray(num_bytes), memoryview(bytes(num_bytes))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        sender = socket.create_connection(listening.getsockname())
+        receiver, _ = listening.accept()
+        with sender, receiver:
+            begun = time.perf_counter()
+            thread = threading.Thread(target=sender.sendall, args=(data,))
+            thread.start()
+            view, done = memoryview(room), 0
+            while done < num_bytes:
+                done += receiver.recv_into(view[done:])
+            thread.join()
+            return time.perf_counter() - begun
+
+
+def on_the_lan(megabytes: float) -> list[Bar]:
+    bars = []
+    with Lan(3, rate="1gbit") as lan:
+        hosts: list[Host] = lan.hosts
+        for title, save_every in (("every round saved", 1), ("every 4th round saved", 4)):
+            found = exchange(hosts, megabytes, save_every=save_every)
+            # Both workers' numbers pass the server's line, up and then down, 2 bytes each.
+            line_s = 2 * 2 * megabytes * 1e6 / 2 / GBIT_BYTES_PER_S
+            print(f"1 Gbit, bf16, {title}: {found.round_s:.2f} s an exchange; its bytes over the rate {line_s:.2f} s")
+            bars.append(Bar(f"1 Gbit, {title}: time over bytes / rate", found.round_s / line_s, "<=", 1.15))
+        limit = (4 * megabytes * 1e6 + 0.5e9) / 1e9
+        bars.append(Bar("server's peak, GB", found.server_peak / 1e9, "<=", limit))
+        bars += bytes_against_ddp(hosts, min(megabytes, 200.0))
+        bars += streaming(hosts, min(megabytes, 200.0))
+        for rate in ("1gbit", "100mbit"):
+            for host in hosts:
+                host.limit(rate)
+            small = min(megabytes, 40.0)
+            step_s, _ = ddp(hosts[1:], small)
+            found = exchange(hosts, small)
+            print(
+                f"{rate}, {small:g} MB: a step of DDP takes {step_s:.2f} s; an exchange {found.round_s:.2f} s, "
+                f"{found.round_s / H * 1000:.1f} ms a step with H = {H}: {step_s * H / found.round_s:.0f} times less"
+            )
+    return bars
+
+
+def bytes_against_ddp(hosts: Sequence[Host], megabytes: float) -> list[Bar]:
+    """Bytes of an inner step at a worker's interface, DDP's over DiLoCo's."""
+    _, of_ddp = ddp(hosts[1:], megabytes)
+    bars = []
+    for codec, limit in (("bf16", 980.0), ("int4", 3400.0)):
+        of_round = exchange(hosts, megabytes, codec=codec).worker_bytes
+        print(f"{codec}, {megabytes:g} MB: {of_round / 1e6:.1f} MB an exchange, DDP {of_ddp / 1e6:.1f} MB a step")
+        bars.append(Bar(f"bytes a step, DDP over {codec}, H = {H}", of_ddp * H / of_round, ">=", limit))
+    return bars
+
+
+def streaming(hosts: Sequence[Host], megabytes: float) -> list[Bar]:
+    """How much of the transfer is hidden where it takes as long as the training beside it."""
+    num_fragments, sync_every, delay, steps = 4, 40, 8, 80
+    transfer_s = exchange(hosts, megabytes).round_s
+    compute_s = transfer_s / num_fragments / delay  # the steps beside a fragment's transfer take as long as it
+    found = exchange(
+        hosts,
+        megabytes,
+        steps=steps,
+        sync_every=sync_every,
+        num_fragments=num_fragments,
+        delay=delay,
+        compute_s=compute_s,
+        save_every=4,
+    )
+    seconds = found.seconds[0]
+    added_s = sum(seconds) - steps * compute_s
+    hidden = 1 - added_s / (transfer_s * steps / sync_every)
+    longest = max(seconds) / statistics.median(seconds)
+    print(
+        f"streaming, {num_fragments} fragments: {added_s:.2f} s added to {steps} steps; {transfer_s:.2f} s a transfer"
+    )
+    return [
+        Bar("streaming: share that is hidden", hidden, ">=", 0.9),
+        Bar("longest step over median", longest, "<=", 1.3),
+    ]
+
+
+def on_loopback(megabytes: float) -> list[Bar]:
+    found = exchange([Here()] * 3, megabytes, save_every=100)
+    num_bytes = int(2 * 2 * megabytes * 1e6 / 2)
+    copies = [socket_copy_s(num_bytes) for _ in range(3)]
+    copy_s = statistics.median(copies)
+    print(
+        f"loopback: an exchange takes {found.round_s:.2f} s, a bare copy of its {num_bytes / 1e9:.2f} GB {copy_s:.2f} s"
+    )
+    return [Bar("loopback: speed over a bare copy's", copy_s / found.round_s, ">=", 0.6)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=float, default=1000.0, help="of the model, in fp32")
+    parser.add_argument("--process", choices=["serve", "work", "ddp"], help=argparse.SUPPRESS)
+    parser.add_argument("--plan", type=json.loads, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.process is not None:
+        torch.set_num_threads(1)
+        {"serve": serve, "work": work, "ddp": train_ddp}[given.process](given.plan)
+        return 0
+    print(machine_line())
+    bars = on_loopback(given.megabytes)
+    if missing() is None:
+        bars += on_the_lan(given.megabytes)
+    else:
+        print(f"no hosts: {missing()}")
+    return print_verdict(bars)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,347 @@
+"""What DiLoCo costs in loss, at an equal budget of tokens: the table of docs/explain/diloco-quality.md.
+
+    python benchmarks/diloco_quality.py             the small dose: 0.9M parameters, 250,000 tokens a run; 20 minutes
+    python benchmarks/diloco_quality.py --full      4M parameters, 4M tokens a run; hours
+
+Each run is one line of a file, and a run whose line is there is not made again: so it goes on where it was stopped, and
+several may run side by side (`--seeds 0`, `--seeds 1`). With all lines there, it writes the table.
+
+Workers are made one after the other in this process, with the codecs, fragments and outer optimizers that servers and
+workers use, in their order: what is measured is the mathematics, and no network can disturb it. "One process" makes S
+steps of B rows; k workers make S / k steps of B rows each, and data parallel as many of k B rows.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from interleaved import machine_line  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+from forgather import Project  # noqa: E402
+from forgather.data.order import Permutation  # noqa: E402
+from forgather.data.packing import PackedBlocks  # noqa: E402
+from forgather.diloco.codec import codec  # noqa: E402
+from forgather.diloco.fragments import divide, due  # noqa: E402
+from forgather.diloco.outer import Nesterov  # noqa: E402
+
+PAGE = ROOT / "docs" / "explain" / "diloco-quality.md"
+BEGIN, END = "<!-- table: benchmarks/diloco_quality.py -->", "<!-- end of the table -->"
+SEEDS = (0, 1, 2)
+LENGTH = 128
+
+
+@dataclass(frozen=True)
+class Dose:
+    """How much is trained: S steps of B rows in one process."""
+
+    steps: int
+    rows: int
+    hidden: int
+    layers: int
+    lr: float
+
+
+SMALL = Dose(steps=480, rows=4, hidden=96, layers=4, lr=3e-3)
+FULL = Dose(steps=4000, rows=8, hidden=224, layers=6, lr=3e-3)
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to train. `workers` 0 is one process without DiLoCo, `rows` of its batch times those of a worker."""
+
+    name: str
+    workers: int = 2
+    sync_every: int = 20
+    upload: str = "bf16"
+    download: str = "bf16"
+    fragments: int = 1
+    delay: int = 0
+    alpha: float = 1.0
+    is_paper: bool = False  # the blend of arXiv:2501.18512: alpha times the local value, 1 - alpha times the new one
+    lr: float = 0.7
+    momentum: float = 0.9
+    rows: int = 1
+
+
+WAYS = (
+    Way("one process", workers=0),
+    Way("data parallel, 2", workers=0, rows=2),
+    Way("data parallel, 4", workers=0, rows=4),
+    Way("1 worker with the outer optimizer, H 20", workers=1),
+    Way("2 workers, H 20"),
+    Way("2 workers, H 30", sync_every=30),
+    Way("2 workers, H 100", sync_every=100),
+    Way("4 workers, H 20", workers=4),
+    Way("4 workers, H 100", workers=4, sync_every=100),
+    Way("2 workers, H 20, fp32", upload="fp32", download="fp32"),
+    Way("2 workers, H 20, int8", upload="int8", download="int8"),
+    Way("2 workers, H 20, int4", upload="int4", download="int4"),
+    Way("2 workers, H 20, streaming, 2 fragments, 2 steps late", fragments=2, delay=2),
+    Way("2 workers, H 20, the same, half of the progress kept", fragments=2, delay=2, alpha=0.5),
+    Way("2 workers, H 20, the same, blended half and half", fragments=2, delay=2, alpha=0.5, is_paper=True),
+    Way("2 workers, H 20, plain averaging", lr=1.0, momentum=0.0),
+    Way("4 workers, H 20, plain averaging", workers=4, lr=1.0, momentum=0.0),
+)
+
+
+class Data:
+    """Blocks of the default dataset."""
+
+    def __init__(self) -> None:
+        project = Project(ROOT / "configs" / "tiny_llama")
+        given = {"block_length": LENGTH}
+        self.train, self.validation, tokenizer = project.build(
+            ["train_blocks", "validation_blocks", "tokenizer"], given
+        )
+        self.vocabulary = len(tokenizer)
+
+    def rows(self, blocks: PackedBlocks, numbers: Any) -> tuple[Tensor, Tensor, Tensor]:
+        inputs, targets, positions = (torch.from_numpy(each) for each in blocks.gather(numbers))
+        return inputs.long(), targets.long(), positions.long()
+
+
+def loss_sum(model: nn.Module, rows: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, int]:
+    """The sum of the loss over the target tokens, and their number."""
+    inputs, targets, positions = rows
+    logits = model(input_ids=inputs, position_ids=positions).logits
+    total = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+    return total, int((targets != -100).sum())
+
+
+class Machine:
+    """One worker, or the one process: a model, its optimizer, and its place in the data."""
+
+    def __init__(self, dose: Dose, data: Data, seed: int, steps: int, rows: int, first: int, stride: int) -> None:
+        torch.manual_seed(seed)
+        self.model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=data.vocabulary,
+                hidden_size=dose.hidden,
+                intermediate_size=3 * dose.hidden,
+                num_hidden_layers=dose.layers,
+                num_attention_heads=4,
+                num_key_value_heads=4,
+                tie_word_embeddings=True,
+            )
+        )
+        self.parameters = dict(self.model.named_parameters())
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=dose.lr, betas=(0.9, 0.95), weight_decay=0.1)
+        warmup = max(1, steps // 20)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer,
+            lambda step: min((step + 1) / warmup, 0.1 + 0.45 * (1 + math.cos(math.pi * step / steps))),
+        )
+        self.data, self.order = data, Permutation(len(data.train), seed)
+        self.rows, self.next, self.stride = rows, first, stride
+        self.residual: dict[str, Tensor] = {}
+
+    def step(self) -> None:
+        rows = self.data.rows(self.data.train, self.order.samples(self.next, self.rows))
+        self.next += self.stride
+        total, count = loss_sum(self.model, rows)
+        (total / count).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def validate(self, num_rows: int = 512) -> float:
+        total, count = 0.0, 0
+        chosen = torch.arange(num_rows) * len(self.data.validation) // num_rows
+        for numbers in chosen.split(32):
+            loss, targets = loss_sum(self.model, self.data.rows(self.data.validation, numbers.numpy()))
+            total, count = total + float(loss), count + targets
+        return total / count
+
+
+class Server:
+    """Master and published values, moved as the server of a run moves them."""
+
+    def __init__(self, way: Way, values: Mapping[str, Tensor]) -> None:
+        self.way = way
+        self.master = {name: value.detach().clone() for name, value in values.items()}
+        self.published = {name: value.clone() for name, value in self.master.items()}
+        self.outer = Nesterov(lr=way.lr, momentum=way.momentum)
+
+    @torch.no_grad()
+    def exchange(
+        self, names: Sequence[str], machines: Sequence[Machine], locals_: Sequence[Mapping[str, Tensor]]
+    ) -> None:
+        for name in names:
+            mean = torch.zeros_like(self.master[name])
+            for machine, local in zip(machines, locals_, strict=True):
+                difference = self.published[name] - local[name]
+                mean += coded(self.way.upload, difference, machine.residual, name) / len(machines)
+            self.outer.step(name, self.master[name], self.published[name] - mean)
+            if self.way.download == "fp32":
+                self.published[name].copy_(self.master[name])
+            else:
+                # What the codec loses is still in master minus published.
+                self.published[name] += coded(self.way.download, self.master[name] - self.published[name], None, name)
+
+
+def coded(name: str, values: Tensor, residuals: dict[str, Tensor] | None, key: str) -> Tensor:
+    """What of `values` arrives, with the sender's error feedback."""
+    if name == "fp32":
+        return values
+    chosen, flat = codec(name), values.reshape(-1)
+    encoded = torch.empty(chosen.encoded_bytes(flat.numel()), dtype=torch.uint8)
+    residual = None if residuals is None else residuals.setdefault(key, torch.zeros_like(flat))
+    chosen.encode(flat.contiguous(), encoded, residual)
+    decoded = torch.empty_like(flat)
+    chosen.decode(encoded, flat.numel(), decoded)
+    return decoded.view_as(values)
+
+
+@torch.no_grad()
+def take(machine: Machine, server: Server, names: Sequence[str], sent: Mapping[str, Tensor], way: Way) -> None:
+    for name in names:
+        local, new = machine.parameters[name], server.published[name]
+        if way.is_paper:
+            local.lerp_(new, 1 - way.alpha)
+            continue
+        progress = local - sent[name] if way.delay else None
+        local.copy_(new)
+        if progress is not None:
+            local.add_(progress, alpha=way.alpha)
+
+
+def train(way: Way, dose: Dose, data: Data, seed: int) -> float:
+    """The validation loss in the end."""
+    if way.workers == 0:
+        rows = dose.rows * way.rows
+        alone = Machine(dose, data, seed, dose.steps // way.rows, rows, 0, rows)
+        for _ in range(dose.steps // way.rows):
+            alone.step()
+        return alone.validate()
+    steps, stride = dose.steps // way.workers, dose.rows * way.workers
+    machines = [
+        Machine(dose, data, seed, steps, dose.rows, number * dose.rows, stride) for number in range(way.workers)
+    ]
+    server = Server(way, machines[0].parameters)
+    fragments = divide({name: value.shape for name, value in server.master.items()}, way.fragments, "strided")
+    flights: dict[int, tuple[int, list[dict[str, Tensor]]]] = {}
+    for step in range(1, steps + 1):
+        for machine in machines:
+            machine.step()
+        # The last values are those that all have brought everything for.
+        number = due(step, way.sync_every, way.fragments)
+        for each in range(way.fragments) if step == steps else [] if number is None else [number]:
+            names = fragments[each]
+            if each in flights:
+                land(flights.pop(each)[1], names, machines, server, way)
+            sent = [{name: machine.parameters[name].detach().clone() for name in names} for machine in machines]
+            server.exchange(names, machines, sent)
+            flights[each] = (step, sent)
+        for each, (begun, sent) in list(flights.items()):
+            if step >= begun + way.delay or step == steps:
+                land(sent, fragments[each], machines, server, way)
+                del flights[each]
+    return machines[0].validate()
+
+
+def land(
+    sent: Sequence[Mapping[str, Tensor]], names: Sequence[str], machines: Sequence[Machine], server: Server, way: Way
+) -> None:
+    for machine, local in zip(machines, sent, strict=True):
+        take(machine, server, names, local, way)
+
+
+# --- results
+
+
+def lines(path: Path) -> Iterator[dict[str, Any]]:
+    if path.exists():
+        yield from map(json.loads, path.read_text(encoding="utf-8").splitlines())
+
+
+def table(results: Mapping[tuple[str, int], float], dose: Dose) -> str:
+    """The table in Markdown, and below it what was asked and what came of it."""
+    mean = {way.name: statistics.fmean(results[way.name, seed] for seed in SEEDS) for way in WAYS}
+    rows = [
+        "| way | validation loss | of the seeds | against one process | against data parallel, 2 |",
+        "|---|---|---|---|---|",
+    ]
+    one, parallel = mean["one process"], mean["data parallel, 2"]
+    for way in WAYS:
+        spread = statistics.stdev(results[way.name, seed] for seed in SEEDS)
+        loss = mean[way.name]
+        rows.append(
+            f"| {way.name} | {loss:.4f} | ± {spread:.4f} | {loss / one - 1:+.2%} | {loss / parallel - 1:+.2%} |"
+        )
+    classic = mean["2 workers, H 20"]
+    asked = [
+        ("int4 against bf16", mean["2 workers, H 20, int4"] / classic - 1, 0.01),
+        (
+            "streaming against classic",
+            mean["2 workers, H 20, streaming, 2 fragments, 2 steps late"] / classic - 1,
+            0.01,
+        ),
+        ("H 30 against data parallel", mean["2 workers, H 30"] / parallel - 1, 0.005),
+    ]
+    verdicts = [
+        f"- {name}: {value:+.2%}, asked for at most {limit:+.1%}: {'reached' if value <= limit else 'missed'}"
+        for name, value, limit in asked
+    ]
+    tokens = dose.steps * dose.rows * LENGTH
+    head = (
+        f"{tokens:,} tokens a run, {dose.layers} layers of {dose.hidden}, S = {dose.steps}, B = {dose.rows}, 3 seeds."
+    )
+    return "\n".join([head, "", *rows, "", *verdicts])
+
+
+def write_page(text: str) -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    before, _, rest = page.partition(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="train enough for the figures to say something")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), choices=SEEDS)
+    parser.add_argument("--results", type=Path, default=Path("diloco_quality.jsonl"), help="a line for each run")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    dose = FULL if given.full else SMALL
+    print(machine_line())
+    data = Data()
+
+    def results() -> dict[tuple[str, int], float]:
+        return {
+            (each["way"], each["seed"]): each["loss"] for each in lines(given.results) if each["dose"] == asdict(dose)
+        }
+
+    for seed in given.seeds:
+        for way in WAYS:
+            if (way.name, seed) in results():
+                continue
+            begun = time.monotonic()
+            loss = train(way, dose, data, seed)
+            with given.results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"way": way.name, "seed": seed, "dose": asdict(dose), "loss": loss}) + "\n")
+            print(f"{way.name}, seed {seed}: {loss:.4f} ({time.monotonic() - begun:.0f} s)", flush=True)
+    if all((way.name, seed) in results() for way in WAYS for seed in SEEDS):
+        text = table(results(), dose)
+        print(text)
+        write_page(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
