@@ -88,7 +88,7 @@ class Training:
             time.sleep(0.0005)
 
     def end(self) -> int | None:
-        self.process.join(120)
+        self.process.join(600)  # hundreds of steps and saves, beside whatever else the machine does
         return self.process.exitcode
 
 
