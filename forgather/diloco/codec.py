@@ -33,7 +33,8 @@ from torch import Tensor
 from forgather.errors import ConfigError
 
 BLOCK = 128  # elements that share a scale; 64 bytes of int4, 128 of int8
-_PIECE = 512 * BLOCK  # with its temporaries less than half a MiB, which the second cache of a core holds
+_PIECE = 512 * BLOCK  # elements: values, residual and temporaries are then less than 1 MiB, a core's second cache
+_DECODED_PIECE = 2 * _PIECE  # which has no values and no residual beside it
 _ALIGNMENT = 8  # bytes: a run behind another one begins where numbers of any type may lie
 _LARGEST = 2.0**127  # more would not survive to be scaled back
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # the smallest normal number
@@ -43,13 +44,13 @@ class _Temporaries(threading.local):
     """Memory of one piece, each thread's own."""
 
     def __init__(self) -> None:
-        num_blocks = _PIECE // BLOCK
+        encoded, decoded = _PIECE // BLOCK, _DECODED_PIECE // BLOCK
         # Memory that came to be in inference mode could not be written to outside of it.
         with torch.inference_mode(False):
-            self.scaled = torch.empty(num_blocks, BLOCK, dtype=torch.float32, device="cpu")
-            self.magnitudes = torch.empty(num_blocks, 1, dtype=torch.float32, device="cpu")
-            self.inverses = torch.empty(num_blocks, 1, dtype=torch.float32, device="cpu")
-            self.integers = torch.empty(num_blocks, BLOCK, dtype=torch.int8, device="cpu")
+            self.scaled = torch.empty(encoded, BLOCK, dtype=torch.float32, device="cpu")
+            self.magnitudes = torch.empty(encoded, 1, dtype=torch.float32, device="cpu")
+            self.inverses = torch.empty(encoded, 1, dtype=torch.float32, device="cpu")
+            self.integers = torch.empty(decoded, BLOCK, dtype=torch.int8, device="cpu")
             self.low, self.high = self.integers.view(torch.int32).chunk(2, 1)
             self.shifted = torch.empty_like(self.high)
 
@@ -242,9 +243,9 @@ class _Blocks(Codec):
             out[:before] = self._decode_one(scales, elements, first - 1)[-before:]
         words = _rows(elements[first * self.block_bytes :], last - first, self.block_bytes).view(self.word)
         pieces = zip(
-            torch.split(_rows(scales[first:], last - first, 1), _PIECE // BLOCK),
-            torch.split(words, _PIECE // BLOCK),
-            torch.split(_rows(out[before:], last - first, BLOCK), _PIECE // BLOCK),
+            torch.split(_rows(scales[first:], last - first, 1), _DECODED_PIECE // BLOCK),
+            torch.split(words, _DECODED_PIECE // BLOCK),
+            torch.split(_rows(out[before:], last - first, BLOCK), _DECODED_PIECE // BLOCK),
             strict=True,
         )
         for piece_scales, piece_words, blocks in pieces:
