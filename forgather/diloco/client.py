@@ -193,13 +193,13 @@ class Client:
         """The connection, for one request and its answer. Whatever goes wrong with it closes it."""
         try:
             with self._lock:
-                if self.is_aborted:
-                    raise UnreachableError("this worker has ended its exchanges")
                 if self._connection is None:
                     self._connection = self.address.connection(min(CONNECT_S, self._timeout_s))
                 connection = self._connection
-            if connection.sock is None:
+            if connection.sock is None and not self.is_aborted:
                 connection.connect()
+            if self.is_aborted:  # perhaps while it was connecting, when there was nothing yet to interrupt
+                raise UnreachableError("this worker has ended its exchanges")
             connection.sock.settimeout(self._timeout_s)
             yield connection
         except (OSError, http.client.HTTPException) as error:

@@ -19,8 +19,8 @@ _ALONE_S = 0.5  # a single rank is woken, and looks only for a wish to stop
 class Flights:
     """The exchanges of a worker by fragment. What waits is collective, and called on the training thread.
 
-    A server that is out of reach for `patience_s` is not waited for, nor is any when `is_stopping`. `failure` is asked
-    for what went wrong elsewhere, to be raised on all ranks.
+    One wait for a server that is out of reach is no longer than `patience_s`, and there is none when `is_stopping`.
+    `failure` is asked for what went wrong elsewhere, to be raised on all ranks.
     """
 
     def __init__(
@@ -50,21 +50,24 @@ class Flights:
         """See to this one too."""
         self.under_way[flight.fragment.number] = flight
 
+    def wait_again(self) -> None:
+        """Wait also for those that were given up."""
+        for flight in self.under_way.values():
+            flight.is_overdue = False
+
     def attend(self, step: int, delay: int, *, is_needed: bool = False) -> None:
         """See to what is under way after `step`, and wait for what is due, `delay` steps after it began.
 
-        DistributedError where it `is_needed`, and the server goes away.
+        What has once been waited for in vain is taken in whenever it comes. DistributedError when it `is_needed`.
         """
         begun = time.monotonic()
         while self.under_way:
-            standing = self._agree()
+            standing = self._agree(begun)
             for flight, version in zip(list(self.under_way.values()), standing.versions, strict=True):
                 if version is not None and flight.is_due(step, delay):
                     self._land(flight, step, version)
             awaited = [
-                flight
-                for flight in self.under_way.values()
-                if flight.is_due(step, delay) and (is_needed or not flight.is_overdue)
+                flight for flight in self.under_way.values() if flight.is_due(step, delay) and not flight.is_overdue
             ]
             if not awaited or (standing.is_stopping and not is_needed):
                 break
@@ -76,9 +79,10 @@ class Flights:
 
     def deliver(self) -> None:
         """Return when the server has all that is under way, or has been out of reach for too long."""
+        begun = time.monotonic()
         while self.under_way:
             is_undelivered = not all(flight.exchange.is_delivered for flight in self.under_way.values())
-            standing = self._agree(is_undelivered=is_undelivered)
+            standing = self._agree(begun, is_undelivered=is_undelivered)
             if not standing.is_undelivered or standing.away_ms > self._patience_ms:
                 return
             time.sleep(_POLL_S)
@@ -88,9 +92,9 @@ class Flights:
         for flight in self.under_way.values():
             flight.exchange.close()
 
-    def _agree(self, *, is_undelivered: bool = False) -> Standing:
+    def _agree(self, begun: float, *, is_undelivered: bool = False) -> Standing:
         exchanges = [flight.exchange for flight in self.under_way.values()]
-        away_s = max((exchange.away_s for exchange in exchanges), default=0.0)
+        away_s = min(max(exchange.away_s for exchange in exchanges), time.monotonic() - begun)
         wanted = self.wanted_sync_every if rank() == 0 else 0
         mine = Standing(int(1000 * away_s), self._is_stopping(), is_undelivered, wanted)
         standing = agree(mine, exchanges, self._failure())

@@ -12,12 +12,12 @@ from forgather.errors import ConfigError, ForgatherError, TrainingError
 
 # What a server that was started again may have changed without changing what its workers do.
 _MAY_CHANGE = ("sync_every", "heartbeat_s", "lease_s", "package", "tokenizer", "data", "round_seconds", "dylu")
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
 _IDLE_S = 30.0
 
 
 class Backoff:
-    """Pauses that double, up to 5 s, so that a server that is away is not asked all the time."""
+    """Pauses that double, up to 2 s, so that a server that is away is not asked all the time."""
 
     def __init__(self) -> None:
         self._next_s = _FIRST_PAUSE_S

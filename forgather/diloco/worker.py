@@ -151,6 +151,7 @@ class DiLoCo:
         Without a step since it began, and with the server there, the parameters are then what the server has.
         """
         if self._flights is not None:
+            self._flights.wait_again()
             self._flights.attend(self.steps, 0)
 
     # A hook of the trainer
@@ -315,8 +316,10 @@ class DiLoCo:
         assert self._schedule is not None, "it has joined"
         assert self.settings is not None, "it has joined"
         due = self._schedule.due(self.steps)
+        if due in self._flights.under_way:
+            self._flights.attend(self.steps, self.settings.delay)
         if due is not None and due not in self._flights.under_way:
-            self._begin(due)  # what is under way still keeps its turn; what was made meanwhile goes with the next
+            self._begin(due)  # what is under way even now keeps its turn; what was made meanwhile goes with the next
         self._flights.attend(self.steps, self.settings.delay)
         self._schedule.next_sync_every = self._flights.agreed_sync_every or self._schedule.next_sync_every
 

@@ -160,6 +160,36 @@ def test_with_a_delay_the_progress_made_meanwhile_is_kept_on_top(tmp_path, alpha
         assert server.published("weight").item() == -1.0
 
 
+def test_a_delay_of_a_whole_cycle_leaves_no_turn_out(tmp_path):
+    model = small_model()
+    values = values_of(model)
+    with running_server(tmp_path, values, settings_of(values, sync_every=2, delay=2)) as server:
+        optimizer = adamw(model)
+        with worker(model, optimizer, server) as diloco:
+            train(model, range(8), optimizer)
+            diloco.finish()
+        assert server.status()["versions"] == [4]
+
+
+def test_an_asynchronous_server_takes_what_comes_when_it_comes(tmp_path):
+    """Two workers by hand, lr 1: each contribution moves the server by itself, and nobody waits for anybody."""
+    values = {"weight": torch.zeros(1, 1)}
+    settings = settings_of(values, mode="async")
+    with running_server(tmp_path, values, settings, num_workers=1) as server:
+        models = [torch.nn.Linear(1, 1, bias=False) for _ in range(2)]
+        optimizers = [torch.optim.SGD(model.parameters(), lr=1.0) for model in models]
+        first, second = (
+            worker(model, optimizer, server, f"w{number}")
+            for number, (model, optimizer) in enumerate(zip(models, optimizers, strict=True))
+        )
+        with first, second:
+            for number, moved in ((0, 1.0), (0, 1.0), (1, 0.5)):
+                models[number].weight.grad = torch.full((1, 1), moved)
+                optimizers[number].step()
+            wait_for(lambda: server.status()["versions"] == [3])
+        assert -2.5 <= server.published("weight").item() < -2.0  # the last was of version 0, and may weigh less
+
+
 def test_finish_takes_in_what_is_under_way(tmp_path):
     model = small_model()
     values = values_of(model)

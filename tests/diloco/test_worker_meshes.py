@@ -1,0 +1,166 @@
+"""A worker of several ranks is the worker that one process would be, to the bit, and comes back on any mesh."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from forgather.checkpoint.run_folder import RunFolder
+from forgather.checkpoint.state import TrainState
+from forgather.checkpoint.store import CheckpointStore
+from forgather.diloco.address import ServerAddress
+from forgather.diloco.outer import Nesterov
+from forgather.diloco.worker import DiLoCo
+from forgather.distributed.collectives import gather_objects, rank, world_size
+from forgather.tensor_boxes import local_box, local_part
+from tests.diloco.loops import address_of, small_model, values_of
+from tests.diloco.running_server import running_server, settings_of
+from tests.ranks import RankPool
+
+MESHES = ["fsdp", "pipeline", "replicas"]
+FRAGMENTS = [["0.weight", "0.bias", "2.weight", "2.bias"], ["1.weight", "1.bias", "3.weight", "3.bias"]]
+
+
+def model_on(mesh: str) -> nn.Module:
+    """The small model, or this rank's part of it."""
+    model = small_model()
+    if mesh == "pipeline":
+        stage = nn.Sequential()
+        for number in (0, 1) if rank() == 0 else (2, 3):
+            stage.add_module(str(number), model[number])
+        return stage
+    if mesh == "fsdp":
+        fully_shard(model, mesh=init_device_mesh("cpu", (world_size(),)))
+    return model
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> None:
+    """A step whose gradients depend on nothing but the step and the parameter: the same on any mesh."""
+    for name, parameter in model.named_parameters():
+        generator = torch.Generator().manual_seed(sum(map(ord, name)) + 1000 * number)
+        gradient = torch.randn(parameter.shape, generator=generator)
+        for dim, (start, size) in enumerate(zip(*local_box(parameter), strict=True)):
+            gradient = gradient.narrow(dim, start, size)
+        if isinstance(parameter, DTensor):
+            parameter.grad = DTensor(gradient.contiguous(), parameter._spec, requires_grad=False)
+        else:
+            parameter.grad = gradient
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def work(
+    mesh: str, address: ServerAddress, folder: Path, *, until: int, is_resumed: bool = False, saves: bool = False
+) -> dict[str, Any]:
+    """Train up to step `until`, from the start or from a checkpoint; what the parameters are, and what was held."""
+    model = model_on(mesh)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    diloco = DiLoCo(model, optimizer, address, "alpha", say=lambda text: None)
+    state = TrainState(model, optimizer, {"diloco": diloco})
+    with RunFolder(folder) as run, CheckpointStore(run, asynchronous=False) as store:
+        if is_resumed:
+            assert store.resume(state) is not None
+        with diloco:
+            while diloco.steps < until:
+                step(model, optimizer, diloco.steps)
+            if saves:
+                store.save(state, until)
+            else:
+                diloco.finish()
+    return {"values": whole(model), "owned": [holding.slice for holding in diloco._holdings.mine if holding.is_owned]}
+
+
+def whole(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters of the whole model, on every rank; those that several ranks have must be equal."""
+    merged: dict[str, Tensor] = {}
+    for values in gather_objects({name: full(parameter) for name, parameter in model.named_parameters()}):
+        for name, value in values.items():
+            assert torch.equal(merged.setdefault(name, value), value)
+    return merged
+
+
+def full(parameter: Tensor) -> Tensor:
+    if not isinstance(parameter, DTensor):
+        return parameter.detach().clone()
+    assert local_part(parameter).shape != parameter.shape
+    return parameter.full_tensor().detach()
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator[RankPool]:
+    with RankPool(2) as pool:
+        yield pool
+
+
+def a_server(folder: Path, **others: Any) -> Any:
+    values = values_of(small_model())
+    chosen = {"upload": "bf16", "download": "bf16", "sync_every": 4} | others
+    return running_server(folder, values, settings_of(values, FRAGMENTS, **chosen), Nesterov(0.7, 0.9))
+
+
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
+    """What one process makes of 10 steps, without and with a delay."""
+    made = {}
+    for delay in (0, 1):
+        folder = tmp_path_factory.mktemp("alone")
+        with a_server(folder / "server", delay=delay) as server:
+            made[delay] = work("one", address_of(server), folder / "run", until=10)["values"]
+    assert not same(made[0], made[1])
+    return made
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("delay", [0, 1])
+def test_two_ranks_are_the_worker_that_one_process_is(tmp_path, two_ranks, alone, mesh, delay):
+    with a_server(tmp_path / "server", delay=delay) as server:
+        results = two_ranks.run(work, mesh, address_of(server), tmp_path / "run", until=10)
+        assert same(results[0]["values"], alone[delay])
+        for name, value in results[0]["values"].items():
+            if delay == 0 and name in FRAGMENTS[0]:
+                assert torch.equal(server.published(name), value)
+    slices = [part for result in results for part in result["owned"]]
+    assert len(slices) == len(set(slices))  # each has one owner
+    assert sum(part.numel for part in slices) == sum(value.numel() for value in alone[0].values())
+    assert all(result["owned"] for result in results)  # and each rank owns something
+
+
+MOVES = [("fsdp", "one"), ("one", "fsdp"), ("pipeline", "fsdp"), ("replicas", "pipeline"), ("fsdp", "fsdp")]
+
+
+@pytest.mark.parametrize(("before", "after"), MOVES)
+@pytest.mark.parametrize("delay", [0, 1])
+def test_a_worker_goes_on_from_its_checkpoint_on_another_mesh(tmp_path, two_ranks, alone, before, after, delay):
+    """Saved after 6 steps, when fragment 0 has just been sent: with a delay that exchange is under way."""
+    with a_server(tmp_path / "server", delay=delay) as server:
+        run(two_ranks, before, address_of(server), tmp_path / "run", until=6, saves=True)
+        values = run(two_ranks, after, address_of(server), tmp_path / "run", until=10, is_resumed=True)
+        assert same(values, alone[delay])
+        assert server.status()["workers"]["alpha"]["counted"] == 5  # fragment 0 after 2, 6, 10 steps, 1 after 4, 8
+
+
+def run(pool: RankPool, mesh: str, *args: Any, **others: Any) -> dict[str, Tensor]:
+    if mesh == "one":
+        return work(mesh, *args, **others)["values"]
+    return pool.run(work, mesh, *args, **others)[0]["values"]
+
+
+def test_a_worker_that_was_killed_repeats_its_steps_and_counts_once(tmp_path, two_ranks, alone):
+    """Saved after 3 steps, and gone after 5: the round of step 4 has its contribution when it comes again."""
+    with a_server(tmp_path / "server") as server:
+        run(two_ranks, "fsdp", address_of(server), tmp_path / "run", until=3, saves=True)
+        run(two_ranks, "fsdp", address_of(server), tmp_path / "run", until=5, is_resumed=True)
+        assert server.status()["versions"] == [1, 1]
+        values = run(two_ranks, "fsdp", address_of(server), tmp_path / "run", until=10, is_resumed=True)
+        assert same(values, alone[0])
+        assert server.status()["workers"]["alpha"]["counted"] == 5
