@@ -102,11 +102,8 @@ class Data:
     """Blocks of the default dataset."""
 
     def __init__(self) -> None:
-        project = Project(ROOT / "configs" / "tiny_llama")
-        given = {"block_length": LENGTH}
-        self.train, self.validation, tokenizer = project.build(
-            ["train_blocks", "validation_blocks", "tokenizer"], given
-        )
+        project = Project(ROOT / "configs" / "tiny_llama", args={"block_length": LENGTH})
+        self.train, self.validation, tokenizer = project.build(["train_blocks", "validation_blocks", "tokenizer"])
         self.vocabulary = len(tokenizer)
 
     def rows(self, blocks: PackedBlocks, numbers: Any) -> tuple[Tensor, Tensor, Tensor]:
