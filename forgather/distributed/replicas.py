@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from forgather.tensor_boxes import local_part
 
 MIB = 1024 * 1024
-LARGE_MIB = 1.0  # from here on a gradient is worth a message of its own
-BUCKET_MIB = 8.0
+# A message of one to three MiB costs more in its beginning and end than in its bytes: with one for each matrix of that
+# size a step of two processes of 7M parameters on gloo had 0.96 of the speed that it has with these.
+LARGE_MIB = 8.0  # from here on a gradient is worth a message of its own, without a copy into a bucket
+BUCKET_MIB = 25.0
 
 
 @dataclass
