@@ -34,7 +34,7 @@ def headline(status: Status) -> Iterator[str]:
     fragments = f" of {len(versions)} fragments" if len(versions) > 1 else ""
     yield f"{status['state']}, {status['mode']}, up {duration(status['uptime_s'])}"
     yield f"version {_spread(versions)}{fragments}{saved}; outer optimizer {status['outer']}"
-    yield f"{live} live worker{'s' if live != 1 else ''}; a run begins with {status['num_workers']}{quorum}"
+    yield f"{live} live worker{'s' if live != 1 else ''}; rounds of {status['num_workers']}{quorum}"
     if status.get("trouble"):
         yield f"TROUBLE: {printable(status['trouble'], 200)}"
     model = status["model"]

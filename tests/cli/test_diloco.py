@@ -80,7 +80,12 @@ def said(capsys, monkeypatch, tmp_path):
         (["-n", "2", "--save-every", "0"], "'0' is not a number"),
     ],
 )
-def test_what_cannot_be_served_is_told_and_leaves_nothing(said, package, tmp_path, words, message):
+def test_what_cannot_be_served_is_told_and_leaves_nothing(said, package, tmp_path, monkeypatch, words, message):
+    def never(coroutine):
+        coroutine.close()
+        raise AssertionError("it is about to serve")
+
+    monkeypatch.setattr("asyncio.run", never)
     code, _, err = said("server", "-m", package.dir, "--port", 0, *words)
     assert code == 2
     assert message in err
