@@ -46,6 +46,11 @@ class Part:
         """The bytes of a slice are not looked at again for a while."""
         self.room.forget(*self._bytes_of(number))
 
+    def end(self, number: int) -> int:
+        """Where the bytes of a slice end in the payload."""
+        start, length = self._bytes_of(number)
+        return start + length
+
     def _bytes_of(self, number: int) -> tuple[int, int]:
         length = codec(self.header.codec).encoded_bytes(self.header.slices[number].numel)
         return self.plan.starts[number], length
@@ -186,21 +191,42 @@ def _share(one: Slice, other: Slice) -> bool:
     )
 
 
-@torch.no_grad()
-def squared_norm(part: Part, published: Mapping[str, Tensor]) -> float:
-    """The squared norm of a part's differences; ProtocolError (422), naming the parameter, if they are not finite.
+class Examination:
+    """Looks through a part slice by slice, as its bytes come. One thread at a time.
 
     Values are judged by how far they are from the `published` ones, which they began with.
     """
-    total = 0.0
-    room = torch.empty(PIECE)
-    for number, each in enumerate(part.header.slices):
-        encoded = part.encoded(number)
-        decoder = codec(part.header.codec)
-        for start, base in pieces(box_of(published[each.name], each)):
+
+    def __init__(self, part: Part, published: Mapping[str, Tensor]) -> None:
+        self.squared_norm = 0.0  # of the differences in what was looked through
+        self._part = part
+        self._published = published
+        self._next = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there is a whole slice that was not looked through."""
+        slices, there = self._part.header.slices, self._part.room.num_readable
+        return self._next < len(slices) and self._part.end(self._next) <= there
+
+    @torch.no_grad()
+    def go_on(self) -> None:
+        """Look through what has come. ProtocolError (422), naming a parameter whose numbers are not finite."""
+        room = torch.empty(PIECE)
+        while self.has_work:
+            self.squared_norm += self._square(self._next, room)
+            self._part.forget(self._next)
+            self._next += 1
+
+    def _square(self, number: int, room: Tensor) -> float:
+        total = 0.0
+        header = self._part.header
+        each, decoder = header.slices[number], codec(header.codec)
+        encoded = self._part.encoded(number)
+        for start, base in pieces(box_of(self._published[each.name], each)):
             piece = room[: base.numel()]
             decoder.decode(encoded, each.numel, piece, start)
-            if part.header.content == "values":
+            if header.content == "values":
                 torch.sub(base.reshape(-1), piece, out=piece)
             square = float(piece.dot(piece))
             if not math.isfinite(square):
@@ -212,5 +238,4 @@ def squared_norm(part: Part, published: Mapping[str, Tensor]) -> float:
                     )
                 square = float(piece.double().square().sum())
             total += square
-        part.forget(number)
-    return total
+        return total

@@ -21,7 +21,7 @@ from forgather.diloco.messages import Slice, Values, Version, WantValues, pack_h
 from forgather.diloco.pieces import box_of, pieces
 from forgather.diloco.slices import covering_ranges
 
-_BATCH_BYTES = 1 << 20
+_BATCH_BYTES = 256 << 10  # what a socket takes at once, so that nothing is kept back and copied
 
 
 class ChangedError(Exception):
@@ -133,19 +133,26 @@ class Answer:
             encoder.encoded_bytes(stop - start) for ranges in self.ranges for start, stop in ranges
         )
 
-    def blocks(self) -> Iterator[bytes]:
-        """The body, about a MiB at a time. ChangedError when the values have changed meanwhile."""
+    def blocks(self) -> Iterator[memoryview | bytes]:
+        """The body, some 100 KiB at a time, as views of the values. ChangedError when these have changed meanwhile.
+
+        A view that is not sent at once may change under whoever sends it: then its answer is broken off, or it was the
+        last one and the digest tells.
+        """
         batch = bytearray(self.head)
         for view in self._views():
             if not self.is_current:
                 raise ChangedError
-            if not batch and view.nbytes >= _BATCH_BYTES:
-                yield bytes(view)
-                continue
-            batch += view
-            if len(batch) >= _BATCH_BYTES:
+            is_large = view.nbytes >= _BATCH_BYTES // 2
+            if batch and (is_large or len(batch) >= _BATCH_BYTES):
                 yield bytes(batch)
                 batch.clear()
+                if not self.is_current:
+                    raise ChangedError
+            if is_large:
+                yield view
+            else:
+                batch += view
         if batch:
             yield bytes(batch)
 
@@ -158,7 +165,7 @@ class Answer:
     def _views(self) -> Iterator[memoryview]:
         if self.ranges is None:
             for each in self.slices:
-                for _, piece in pieces(box_of(self.values.published[each.name], each)):
+                for _, piece in pieces(box_of(self.values.published[each.name], each), _BATCH_BYTES // 4):
                     yield raw_bytes(piece.contiguous())
             return
         encoder = self._change.codec

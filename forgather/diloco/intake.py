@@ -7,10 +7,11 @@ before room is taken for it.
 import asyncio
 from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
 from concurrent.futures import Executor, Future
+from dataclasses import replace
 
 import xxhash
 
-from forgather.diloco.contribution import Held, Part, Plan, plan_payload, require_whole, squared_norm
+from forgather.diloco.contribution import Examination, Held, Part, Plan, plan_payload, require_whole
 from forgather.diloco.fragment_values import FragmentValues
 from forgather.diloco.members import Member
 from forgather.diloco.messages import Accepted, Closed, Contribution, Identity, ProtocolError, Settings
@@ -97,18 +98,17 @@ class Intake:
         room = self._room(plan.num_bytes)
         mine = self._incoming[identity] = object()
         is_kept = False
+        part = Part(header, plan, room)
+        examination = Examination(part, self.fragments[identity.fragment].published)
         try:
-            await self._fill(room, plan, header, blocks, lambda: self._incoming.get(identity) is mine)
-            loop = asyncio.get_running_loop()
-            published = self.fragments[identity.fragment].published
-            square = await loop.run_in_executor(self._checkers, squared_norm, Part(header, plan, room), published)
+            await self._fill(part, examination, blocks, lambda: self._incoming.get(identity) is mine)
             answer = await self.verdict(identity, header)
             if answer is not None:
                 return answer
             if self.rounds.members.get(identity.worker) is not member or member.state in ("left", "kicked"):
                 raise ProtocolError(f"{identity.worker} is no member any more", status=404, fix="register again")
             is_kept = True
-            return self._keep(identity, Part(header, plan, room, square))
+            return self._keep(identity, replace(part, squared_norm=examination.squared_norm))
         finally:
             if self._incoming.get(identity) is mine:
                 del self._incoming[identity]
@@ -125,28 +125,40 @@ class Intake:
         return room
 
     async def _fill(
-        self,
-        room: Room,
-        plan: Plan,
-        header: Contribution,
-        blocks: AsyncIterable[bytes],
-        is_wanted: Callable[[], bool],
+        self, part: Part, examination: Examination, blocks: AsyncIterable[bytes], is_wanted: Callable[[], bool]
     ) -> None:
+        """Receive a part, and look through it meanwhile."""
+        room, expected = part.room, part.plan.num_bytes
         digest = xxhash.xxh3_64()
         received = 0
-        async for block in blocks:
-            received += len(block)
-            if received > plan.num_bytes:
-                raise ProtocolError(f"more than the {plan.num_bytes:,} bytes that the header tells of", status=422)
-            if not is_wanted():
-                raise ProtocolError("this part is being sent again by another connection", status=409)
-            digest.update(block)
-            await self._written(room.write(memoryview(block)))
-        await self._written(room.finish())
-        if received != plan.num_bytes:
-            raise ProtocolError(f"{received:,} bytes of {plan.num_bytes:,} have come", status=400, fix="send it again")
-        if digest.hexdigest() != header.digest:
-            raise ProtocolError("the payload does not have the digest that its header says", fix="send it again")
+        looking: asyncio.Future[None] | None = None
+        try:
+            async for block in blocks:
+                received += len(block)
+                if received > expected:
+                    raise ProtocolError(f"more than the {expected:,} bytes that the header tells of", status=422)
+                if not is_wanted():
+                    raise ProtocolError("this part is being sent again by another connection", status=409)
+                digest.update(block)
+                await self._written(room.write(memoryview(block)))
+                if looking is not None and looking.done():
+                    looking = looking.result()
+                if looking is None and examination.has_work:
+                    looking = self._look_through(examination)
+            await self._written(room.finish())
+            if received != expected:
+                raise ProtocolError(f"{received:,} bytes of {expected:,} have come", fix="send it again")
+            if digest.hexdigest() != part.header.digest:
+                raise ProtocolError("the payload does not have the digest that its header says", fix="send it again")
+        finally:
+            if looking is not None:
+                await asyncio.wait([looking])
+        if looking is not None:
+            looking.result()
+        await self._look_through(examination)
+
+    def _look_through(self, examination: Examination) -> "asyncio.Future[None]":
+        return asyncio.get_running_loop().run_in_executor(self._checkers, examination.go_on)
 
     async def _written(self, writing: "Future[None] | None") -> None:
         if writing is None:

@@ -2,25 +2,26 @@
 
 Room for a part is taken whole before its first byte is read, so that a full disk is told at once, and is given back
 when the part is torn, replaced or used. A file has no name: what a killed server leaves takes no space. One whose room
-is a file is written a MiB at a time, by a thread, because a disk may keep a writer waiting.
+is a file is written a MiB at a time, by a thread, because a disk may keep a writer waiting. What is there can be looked
+at while the rest still comes.
 """
 
 import errno
 import mmap
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Protocol
 
 import torch
-import xxhash
 from torch import Tensor
 
 from forgather.diloco.messages import ProtocolError
 
 _BATCH_BYTES = 1 << 20
+_WORTH_BYTES = 4 << 20  # less memory than this is not worth to divide a part for
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Submit = Callable[[Callable[[], None]], "Future[None]"]
@@ -31,11 +32,15 @@ class Room(Protocol):
 
     num_bytes: int
 
+    @property
+    def num_readable(self) -> int:
+        """So many bytes from the first on can be looked at."""
+
     def write(self, data: memoryview) -> "Future[None] | None":
-        """Take the next bytes. A future is to be waited for before the next call."""
+        """Take the next bytes. A future is to be waited for before the next call; what it waits for may be older."""
 
     def finish(self) -> "Future[None] | None":
-        """All bytes were given."""
+        """All bytes were given; they are written when the future is done."""
 
     def view(self, start: int, length: int) -> Tensor:
         """Bytes that were written, as uint8, not copied."""
@@ -62,10 +67,14 @@ class Spool:
 
     def room(self, num_bytes: int) -> Room:
         """Room for so many bytes, none of which is written yet."""
-        if self.memory_used + num_bytes <= self.memory_bytes:
+        free = self.memory_bytes - self.memory_used
+        if num_bytes <= free:
             return _Memory(self, num_bytes)
         try:
-            return _File(self, num_bytes, self._submit)
+            if free < _WORTH_BYTES:
+                return _File(self, num_bytes, self._submit)
+            in_file = _File(self, num_bytes - free, self._submit)
+            return _Both(_Memory(self, free), in_file)
         except OSError as error:
             raise refusal(self.folder, error) from error
 
@@ -94,6 +103,10 @@ class _Memory:
         self._data = memoryview(self._map)
         self._at = 0
         spool.memory_used += num_bytes
+
+    @property
+    def num_readable(self) -> int:
+        return self._at
 
     def write(self, data: memoryview) -> None:
         self._data[self._at : self._at + data.nbytes] = data
@@ -136,19 +149,33 @@ class _File:
         self._at = 0
         self._batch = bytearray()
         self._writing: Future[None] | None = None
+        self.num_readable = 0
         spool.disk_used += num_bytes
 
     def write(self, data: memoryview) -> "Future[None] | None":
         self._batch += data
-        return self.finish() if len(self._batch) >= _BATCH_BYTES else None
+        if len(self._batch) < _BATCH_BYTES:
+            return None
+        before = self._writing
+        self._put(before)
+        return before  # one batch is written while the next is filled
 
     def finish(self) -> "Future[None] | None":
-        if not self._batch:
-            return None
+        if self._batch:
+            self._put(self._writing)
+        return self._writing
+
+    def _put(self, before: "Future[None] | None") -> None:
         batch, at = self._batch, self._at
         self._batch, self._at = bytearray(), at + len(batch)
-        self._writing = self._submit(lambda: _pwrite(self._file.fileno(), memoryview(batch), at))
-        return self._writing
+
+        def write() -> None:
+            _pwrite(self._file.fileno(), memoryview(batch), at)
+            if before is not None:
+                before.result()
+            self.num_readable = at + len(batch)
+
+        self._writing = self._submit(write)
 
     def view(self, start: int, length: int) -> Tensor:
         if not length:
@@ -174,12 +201,45 @@ class _File:
                 self._writing.add_done_callback(lambda _: self._file.close())
 
 
-def digest_of(blocks: Iterable[memoryview]) -> str:
-    """xxh3-64 of all bytes, in hex."""
-    digest = xxhash.xxh3_64()
-    for block in blocks:
-        digest.update(block)
-    return digest.hexdigest()
+class _Both:
+    """The first bytes in memory, the others in a file."""
+
+    def __init__(self, memory: _Memory, file: _File) -> None:
+        self.num_bytes = memory.num_bytes + file.num_bytes
+        self._memory = memory
+        self._file = file
+        self._split = memory.num_bytes
+
+    @property
+    def num_readable(self) -> int:
+        return self._memory.num_readable + self._file.num_readable
+
+    def write(self, data: memoryview) -> "Future[None] | None":
+        first = data[: self._split - self._memory.num_readable]
+        if first:
+            self._memory.write(first)
+        return self._file.write(data[len(first) :]) if len(first) < len(data) else None
+
+    def finish(self) -> "Future[None] | None":
+        return self._file.finish()
+
+    def view(self, start: int, length: int) -> Tensor:
+        if start + length <= self._split:
+            return self._memory.view(start, length)
+        if start >= self._split:
+            return self._file.view(start - self._split, length)
+        # One slice lies in both: it alone is copied.
+        before = self._split - start
+        return torch.cat([self._memory.view(start, before), self._file.view(0, length - before)])
+
+    def forget(self, start: int, length: int) -> None:
+        if start + length > self._split:
+            first = max(0, start - self._split)
+            self._file.forget(first, start + length - self._split - first)
+
+    def release(self) -> None:
+        self._memory.release()
+        self._file.release()
 
 
 def _pwrite(descriptor: int, data: memoryview, at: int) -> None:

@@ -11,7 +11,15 @@ from torch import Tensor
 from forgather.checkpoint.storage import raw_bytes
 from forgather.diloco.codec import codec
 from forgather.diloco.combine import Change, Guard, Share, combine, lineage, shares
-from forgather.diloco.contribution import Held, Part, Plan, plan_payload, require_slices, require_whole, squared_norm
+from forgather.diloco.contribution import (
+    Examination,
+    Held,
+    Part,
+    Plan,
+    plan_payload,
+    require_slices,
+    require_whole,
+)
 from forgather.diloco.messages import Contribution, Identity, ProtocolError, Slice, Version
 from forgather.diloco.outer import Nesterov, TorchOuter
 from forgather.diloco.pieces import box_of, pieces
@@ -34,7 +42,7 @@ class Room:
 
     def __init__(self, data: Tensor) -> None:
         self.data = data
-        self.num_bytes = len(data)
+        self.num_bytes = self.num_readable = len(data)
         self.is_released = False
 
     def view(self, start: int, length: int) -> Tensor:
@@ -182,6 +190,19 @@ def test_what_a_change_loses_is_in_the_next_ones(download: str) -> None:
     assert lost > 0
 
 
+@pytest.mark.parametrize("content", ["values", "differences"])
+def test_a_step_is_made_on_the_master_by_how_far_workers_came_from_what_was_published(content: str) -> None:
+    """The master has moved a little further than what was published, and keeps that."""
+    change = Change({"x": (1,)}, "bf16")
+    master, published = scalar(10.25), scalar(10.0)
+    sent = {"values": scalar(9.0), "differences": scalar(1.0)}[content]
+    taken = shares([held("a", part(sent, X, content=content)), held("b", part(scalar(3.0), X))], Guard())
+    combine(taken, master, published, Nesterov(1.0, 0.0), change)
+    assert master["x"].item() == 10.25 - 2
+    change.apply(published)
+    assert published["x"].item() == 10.25 - 2
+
+
 def test_any_optimizer_of_torch_takes_the_step() -> None:
     ours, theirs = values(0), values(0)
     difference = values(1)
@@ -245,6 +266,13 @@ def test_a_lineage_tells_contributions_apart() -> None:
     assert lineage("start", shares([one, two], Guard())) == lineage("start", shares([one, two], Guard()))
 
 
+def squared_norm(part: Part, published: Mapping[str, Tensor]) -> float:
+    """That of a part which is all there."""
+    examination = Examination(part, published)
+    examination.go_on()
+    return examination.squared_norm
+
+
 class TestSound:
     """What a contribution must be."""
 
@@ -265,6 +293,22 @@ class TestSound:
         assert squared_norm(part(difference), base) == pytest.approx(expected)
         assert squared_norm(part(local, content="values"), base) == pytest.approx(expected, rel=1e-5)
         assert squared_norm(part(scalar(1e30), X), scalar(0.0)) == pytest.approx(1e60)
+
+    def test_what_has_come_is_looked_through_while_the_rest_still_comes(self) -> None:
+        tensors = values(1)
+        tensors["b"][2] = float("nan")
+        mine = part(tensors)
+        room: Any = mine.room
+        examination = Examination(mine, values(0))
+        room.num_readable = 239
+        assert not examination.has_work
+        room.num_readable = 240
+        assert examination.has_work
+        examination.go_on()
+        assert examination.squared_norm == pytest.approx(float(tensors["w"].square().sum()))
+        room.num_readable = 272
+        with pytest.raises(ProtocolError, match="b has numbers"):
+            examination.go_on()
 
     def test_parts_must_be_every_element_once(self) -> None:
         rows = [Slice("w", (0, 0), (3, 10)), Slice("w", (3, 0), (3, 10))]

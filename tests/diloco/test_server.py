@@ -469,6 +469,7 @@ def test_an_asynchronous_server_applies_each_contribution_alone(tmp_path: Path) 
         assert w1.contribute(0, one(0.5)).json == HELD  # it began with version 0
         _, held = w1.taken(one(0.0), whole(one(0.0)), at_least=3)
         assert torch.equal(held["w"], torch.full((3,), -3.5))
+        assert server.status()["spool"] == {"memory_bytes": 0, "disk_bytes": 0}
         assert w1.contribute(0, one(0.5), content="values").status in (200, 422)
         assert w1.contribute(3, one(0.5), content="values").status == 422
 

@@ -224,6 +224,24 @@ class TestSavingEveryFewVersions:
                 del each["rounds"]["expected"]  # c is here now
             require_equal(found, expected)
 
+    def test_what_is_still_to_be_made_again_survives_another_restart(self, tmp_path: Path) -> None:
+        arguments: dict[str, Any] = {"num_workers": 2, "save_every": 100}
+        with running_server(tmp_path / "one", one(0.0), **arguments) as server:
+            a, b = come(server, "a", "b")
+            for worker in (a, b):
+                worker.contribute(0, one(1.0))
+            a.taken(one(0.0), whole(one(0.0)), at_least=1)
+            shutil.copytree(tmp_path / "one", tmp_path / "copy")
+            version = server.coordinator.fragments[0].version
+        with running_server(tmp_path / "copy", one(0.0), **arguments):
+            pass
+        with running_server(tmp_path / "copy", one(0.0), **arguments) as server:
+            a, b, c = come(server, "a", "b", "c")
+            a.contribute(0, one(1.0))
+            assert server.status()["held"][0]["expected"] == ["a", "b"]
+            b.contribute(0, one(1.0))
+            assert c.taken(one(0.0), whole(one(0.0)), at_least=1)[0] == version
+
     def test_an_asynchronous_servers_arrivals_come_in_the_same_order(self, tmp_path: Path) -> None:
         said = settings_of(values(0), upload="bf16", mode="async")
         arguments: dict[str, Any] = {"num_workers": 2, "save_every": 100}
@@ -453,13 +471,14 @@ def test_work_units_are_leased_counted_and_survive(tmp_path: Path) -> None:
         assert unit(0) == first
         worker.contribute(0, one(1.0), consumed={"0": 2})
         worker.taken(one(0.0), whole(one(0.0)), at_least=1)
-        third = unit(2)  # after the save
+        third, fourth = unit(2), unit(3)  # after the save
         until(lambda: server.status()["ledger"]["trained"] == 2)
         assert worker.contribute(1, one(1.0), consumed={"x": 2}).status == 422
     with running_server(tmp_path, one(0.0), said) as server:
         worker = come(server, "a")[0]
         assert server.status()["ledger"]["trained"] == 2
         assert unit(1) == second
+        assert unit(3) == fourth
         assert unit(2) == third
     with running_server(tmp_path / "without", one(0.0)) as server:
         worker = come(server, "a")[0]

@@ -30,15 +30,17 @@ def put(room: Room, data: bytes, step: int = 100_000) -> None:
         written.result(10)
 
 
-@pytest.mark.parametrize("memory_bytes", [64 * MIB, 0], ids=["memory", "file"])
+@pytest.mark.parametrize("memory_bytes", [64 * MIB, 0, 4 * MIB + 5], ids=["memory", "file", "both"])
 def test_what_is_written_in_pieces_is_there_at_any_place(
     tmp_path: Path, submit: Callable[..., "Future[None]"], memory_bytes: int
 ) -> None:
     spool = Spool(tmp_path, memory_bytes, submit)
-    data = os.urandom(3 * MIB + 17)
+    data = os.urandom(7 * MIB + 17)
     room = spool.room(len(data))
+    assert spool.memory_used == min(memory_bytes, len(data))
     put(room, data)
-    for start, length in ((0, len(data)), (1, 100), (2 * MIB - 3, MIB), (len(data), 0)):
+    assert room.num_readable == len(data)
+    for start, length in ((0, len(data)), (1, 100), (4 * MIB - 3, MIB), (5 * MIB, MIB), (len(data), 0)):
         assert bytes(room.view(start, length).numpy()) == data[start : start + length]
     room.forget(4096, 2 * MIB)
     assert bytes(room.view(4097, 50).numpy()) == data[4097:4147]  # it was only put out of memory
@@ -48,7 +50,7 @@ def test_what_is_written_in_pieces_is_there_at_any_place(
 def test_the_budget_is_kept_and_what_is_given_back_is_given_again(
     tmp_path: Path, submit: Callable[..., "Future[None]"]
 ) -> None:
-    spool = Spool(tmp_path, 10 * MIB, submit)
+    spool = Spool(tmp_path, 8 * MIB + 5, submit)
     rooms = [spool.room(4 * MIB) for _ in range(4)]
     assert (spool.memory_used, spool.disk_used) == (8 * MIB, 8 * MIB)
     rooms[0].release()
@@ -88,7 +90,9 @@ def test_a_file_is_not_closed_under_a_thread_that_writes_to_it(tmp_path: Path) -
         return written
 
     room = Spool(tmp_path, 0, submit).room(2 * MIB)
-    assert room.write(memoryview(bytes(2 * MIB))) is written
+    assert room.write(memoryview(bytes(2 * MIB))) is None
+    assert room.finish() is written
+    assert room.num_readable == 0
     room.release()
     waiting[0]()
     written.set_result(None)
