@@ -5,7 +5,7 @@ applied in the order of the mesh. A DTensor marks that with a `_StridedShard`; h
 which they happened, each as `torch.chunk` does it, so a box is right also where nothing divides evenly.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 
 import torch
 from torch.distributed.tensor import DTensor, Partial
@@ -25,6 +25,19 @@ def local_box(tensor: torch.Tensor) -> Box:
     coordinate = tensor.device_mesh.get_coordinate()
     assert coordinate is not None, "a rank holds a tensor of a mesh that it is no part of"
     return box_at(tensor.shape, tensor.device_mesh.shape, tensor.placements, coordinate)
+
+
+def local_boxes(tensors: Iterable[torch.Tensor]) -> Iterator[Box]:
+    """`local_box` of each; those that are cut alike share the work."""
+    known: dict[Hashable, Box] = {}
+    for tensor in tensors:
+        if not isinstance(tensor, DTensor):
+            yield local_box(tensor)
+            continue
+        kind = (tensor.shape, tensor.placements, id(tensor.device_mesh))
+        if kind not in known:
+            known[kind] = local_box(tensor)
+        yield known[kind]
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:

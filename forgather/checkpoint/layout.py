@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from forgather.errors import CheckpointError
 
@@ -17,8 +17,7 @@ LAYOUT = "tensors.json"
 FORMAT = 1
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """A rectangle of one tensor, stored row-major as `length` raw bytes at `at` of `file`."""
 
     offsets: tuple[int, ...]

@@ -1,7 +1,7 @@
 """A checkpoint that is there: opening it, and reading it into a run, each byte once.
 
 The manifest has a digest of itself and one of every file; `tensors.json`, one of those files, has one of every piece of
-a tensor. So everything but the tensors is verified when a checkpoint is opened, and the tensors as they are read.
+a tensor. So everything but the tensors is verified before one is read, and the tensors as they are read.
 
 All of this is collective, `visible_checkpoint` excepted.
 """
@@ -11,21 +11,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from forgather.checkpoint.commit import DOCUMENT
-from forgather.checkpoint.folder import step_name
-from forgather.checkpoint.layout import Layout, StoredTensor, read_layout
+from forgather.checkpoint.folder import cause_of, step_name
+from forgather.checkpoint.layout import LAYOUT, Layout, StoredTensor, read_layout
 from forgather.checkpoint.manifest import MANIFEST, Manifest, ManifestError
 from forgather.checkpoint.part import file_name
 from forgather.checkpoint.state import TrainState
 from forgather.checkpoint.storage import Check, DamagedFileError, Read, perform, reads_of
 from forgather.distributed.collectives import (
+    agree,
     broadcast_object,
     failing_together,
     gather_objects,
+    raise_together,
     rank,
     sum_ranks,
     world_size,
@@ -33,6 +35,7 @@ from forgather.distributed.collectives import (
 from forgather.errors import CheckpointError
 
 CONFIG = "config.yaml"
+_NEEDED = ("model/", "optimizer/")  # tensors without which the run would go on as another
 
 
 @dataclass(frozen=True)
@@ -76,77 +79,125 @@ def visible_checkpoint(folder: Path) -> Checkpoint | list[str]:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint | list[str]:
-    """The checkpoint in `folder`, all but its tensors verified; or what is wrong with it, one line a file."""
-    opened: Checkpoint | list[str] = broadcast_object(visible_checkpoint(folder) if rank() == 0 else [])
-    if isinstance(opened, list):
-        return opened
-    manifest = opened.manifest
-    tensor_files = {file_name(number) for number in range(manifest.world_size)}
-    names = sorted((name for name in manifest.files if name not in tensor_files), key=lambda n: -manifest.files[n].size)
-    share = names[rank() :: world_size()]
-    damage = [line for part in gather_objects(manifest.damaged_digests(folder, share)) for line in part]
-    return sorted(damage) or opened
+    """What `visible_checkpoint` of rank 0 is, on every rank."""
+    return broadcast_object(visible_checkpoint(folder) if rank() == 0 else [])
 
 
 def load_checkpoint(state: TrainState, checkpoint: Checkpoint) -> list[str]:
-    """Read `checkpoint` into the live objects of `state`; returns the damage that was found, one line a file.
+    """Verify `checkpoint` and read it into the live objects of `state`; returns the damage, one line a file.
 
     With damage, weights and optimizer state are a mixture, to be loaded again from elsewhere, and nothing else has
     changed. CheckpointError, listing both sides, when names, shapes or dtypes differ; no weight is changed then.
     """
-    targets = state.targets(checkpoint.layout, checkpoint.document)
-    _require_fit(checkpoint, targets)
-    reads = reads_of(checkpoint.layout, targets)
-    checks = _share_of_checks(checkpoint.layout, reads)
-    found: set[str] = set()
-    with failing_together():
-        try:
-            perform(checkpoint.path, [*reads, *checks])
-        except DamagedFileError as error:
-            found.add(error.line)
-    damage = sorted(set[str]().union(*gather_objects(found)))
+    targets: dict[str, torch.Tensor] = {}
+    differing: dict[str, str] = {}
+    failure: Exception | None = None
+    damage = _damage_of_share(checkpoint)
     if not damage:
-        with failing_together():
-            state.accept(checkpoint.document, targets)
-    return damage
+        try:
+            targets = state.targets(checkpoint.layout, checkpoint.document)
+            differing = _differing(checkpoint.layout, targets)
+        except Exception as error:  # noqa: BLE001  raised below, by all
+            failure = error
+    if not agree(not damage and failure is None and not differing):
+        if damage := _damage_anywhere(damage, failure):
+            return damage
+        _refuse_unlike(checkpoint, targets, differing)
+    if damage := _read_tensors(checkpoint, targets):
+        return damage
+    with failing_together():
+        state.accept(checkpoint.document, targets)
+    return []
 
 
-def _share_of_checks(layout: Layout, reads: Sequence[Read]) -> list[Check]:
-    """Of the chunks that no rank reads whole, so that nobody would notice damage, those that this rank is to check."""
-    checks = [Check(name, chunk) for name, stored in layout.items() for chunk in stored.chunks]
-    places = {(check.chunk.file, check.chunk.at): number for number, check in enumerate(checks)}
-    readers = torch.zeros(len(checks), dtype=torch.int32)
+def _damage_of_share(checkpoint: Checkpoint) -> list[str]:
+    """What is wrong with the files without tensors, each of which one rank reads; those that all ranks use, all do."""
+    manifest = checkpoint.manifest
+    apart = {file_name(number) for number in range(manifest.world_size)} | {LAYOUT, DOCUMENT}
+    names = sorted((name for name in manifest.files if name not in apart), key=lambda n: -manifest.files[n].size)
+    return manifest.damaged_digests(checkpoint.path, [LAYOUT, DOCUMENT, *names[rank() :: world_size()]])
+
+
+def _damage_anywhere(damage: list[str], failure: Exception | None) -> list[str]:
+    """All ranks' lines of damage; without any, what has failed on one is raised by all."""
+    answers = gather_objects((damage, None if failure is None else cause_of(failure)))
+    if found := {line for lines, _ in answers for line in lines}:
+        return sorted(found)
+    raise_together(failure, [cause for _, cause in answers])
+    return []
+
+
+def _read_tensors(checkpoint: Checkpoint, targets: Mapping[str, torch.Tensor]) -> list[str]:
+    """Fill `targets`, and see that all that is stored is what was saved; the damage, one line a file."""
+    reads = reads_of(checkpoint.layout, targets)
+    checks = _share_of_checks(checkpoint, targets, reads)
+    damage: list[str] = []
+    failure: Exception | None = None
+    try:
+        perform(checkpoint.path, [*reads, *checks])
+    except DamagedFileError as error:
+        damage = [error.line]
+    except Exception as error:  # noqa: BLE001  raised below, by all
+        failure = error
+    return [] if agree(not damage and failure is None) else _damage_anywhere(damage, failure)
+
+
+def _share_of_checks(checkpoint: Checkpoint, targets: Mapping[str, torch.Tensor], reads: Sequence[Read]) -> list[Check]:
+    """Of the chunks that no rank reads whole, so that nobody would notice damage, those that this rank is to check.
+
+    CheckpointError when there are tensors that no rank has a place for.
+    """
+    layout = checkpoint.layout
+    wanted = [name in targets or not name.startswith(_NEEDED) for name in layout]
+    chunks = [chunk for stored in layout.values() for chunk in stored.chunks]
+    places = {(chunk.file, chunk.at): number for number, chunk in enumerate(chunks)}
+    readers = bytearray(len(chunks))
     for read in reads:
         if read.is_whole:
             readers[places[read.chunk.file, read.chunk.at]] = 1
-    unread = [checks[number] for number in (sum_ranks(readers) == 0).nonzero().flatten().tolist()]
+    counts = sum_ranks(torch.tensor([*wanted, *readers], dtype=torch.int32)).tolist()
+    if all(counts):
+        return []
+    if not all(counts[: len(wanted)]):
+        _refuse_unlike(checkpoint, targets, {})
+    checks = [Check(name, chunk) for name, stored in layout.items() for chunk in stored.chunks]
+    unread = [check for check, count in zip(checks, counts[len(wanted) :], strict=True) if not count]
     unread.sort(key=lambda check: -check.chunk.length)
     return unread[rank() :: world_size()]
 
 
-def _require_fit(checkpoint: Checkpoint, targets: Mapping[str, torch.Tensor]) -> None:
-    """Raise CheckpointError, listing both sides, unless `targets` are the tensors of the checkpoint."""
-    there = {name: f"{list(stored.shape)} {stored.dtype}" for name, stored in checkpoint.layout.items()}
-    here = {name: f"{list(target.shape)} {target.dtype}".replace("torch.", "") for name, target in targets.items()}
-    missing = {name for name in there if name.startswith(("model/", "optimizer/")) and name not in here}
-    differing = {name: kind for name, kind in here.items() if there.get(name) != kind}
+def _differing(layout: Layout, targets: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Those of `targets` that the checkpoint has not, or of another shape or dtype: what they are here."""
+    return {
+        name: f"{list(target.shape)} {target.dtype}".replace("torch.", "")
+        for name, target in targets.items()
+        if (stored := layout.get(name)) is None
+        or target.shape != stored.shape
+        or target.dtype != getattr(torch, stored.dtype, None)
+    }
+
+
+def _refuse_unlike(
+    checkpoint: Checkpoint, targets: Mapping[str, torch.Tensor], differing: Mapping[str, str]
+) -> NoReturn:
+    """Raise CheckpointError, listing both sides; `differing` are this rank's targets that are not as stored."""
+    lacking = {name for name in checkpoint.layout if name.startswith(_NEEDED) and name not in targets}
+    answers = gather_objects((lacking, differing))
     # A rank may have its own part of the model: what is missing is what every rank lacks.
-    answers = gather_objects((missing, differing))
     missing = set.intersection(*(lacking for lacking, _ in answers))
-    for _, elsewhere in answers:
-        differing |= elsewhere
+    differing = {name: kind for _, kinds in answers for name, kind in kinds.items()}
+    there = {name: f"{list(stored.shape)} {stored.dtype}" for name, stored in checkpoint.layout.items()}
     others = [f"{name} {there[name]}, {kind}" for name, kind in differing.items() if name in there]
     problems = [
         *_listed("only in the checkpoint", [f"{name} {kind}" for name, kind in there.items() if name in missing]),
         *_listed("only in this run", [f"{name} {kind}" for name, kind in differing.items() if name not in there]),
         *_listed("in the checkpoint, and in this run", others),
     ]
-    if problems:
-        raise CheckpointError(
-            "\n  ".join([f"{checkpoint.path} holds other parameters than this run", *problems]),
-            fix=f"use the model and optimizer of {checkpoint.path / CONFIG}, or start another run with --fresh; "
-            f"--init-from {checkpoint.path} lets it begin with the weights alone",
-        )
+    raise CheckpointError(
+        "\n  ".join([f"{checkpoint.path} holds other parameters than this run", *problems]),
+        fix=f"use the model and optimizer of {checkpoint.path / CONFIG}, or start another run with --fresh; "
+        f"--init-from {checkpoint.path} lets it begin with the weights alone",
+    )
 
 
 def _listed(title: str, lines: list[str], most: int = 10) -> list[str]:

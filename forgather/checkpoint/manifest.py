@@ -6,6 +6,7 @@ digested. A digest is needed because nothing below us checks one: the file syste
 """
 
 import json
+import os
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -156,8 +157,8 @@ def record_of(path: Path) -> FileRecord:
     """Size and digest of a file, read in blocks."""
     digest = xxhash.xxh3_64()
     size = 0
-    buffer = memoryview(bytearray(_BLOCK))
     with path.open("rb", buffering=0) as file:
+        buffer = memoryview(bytearray(min(_BLOCK, os.fstat(file.fileno()).st_size + 1)))  # most files are small
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
             size += count

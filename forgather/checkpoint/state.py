@@ -63,8 +63,9 @@ class TrainState:
 
     def capture(self) -> tuple[dict[str, torch.Tensor], dict[str, Json]]:
         """This rank's named tensors, and its part of the document of the rest."""
-        tensors = {f"model/{name}": tensor for name, tensor in self.weights().items()}
-        optimizer, optimizer_tensors = self._optimizer_state()
+        weights = self.weights()
+        tensors = {f"model/{name}": tensor for name, tensor in weights.items()}
+        optimizer, optimizer_tensors = self._optimizer_state(_names(weights))
         extras, extra_tensors = split({name: extra.state_dict() for name, extra in self.extras.items()}, "extras")
         own, random_tensors = split(capture_random(self.device), f"random/{rank()}")
         document: dict[str, Json] = {
@@ -76,10 +77,12 @@ class TrainState:
 
     def targets(self, saved: Layout, document: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """The tensors to read a checkpoint into: the live weights and optimizer state, and room for the rest."""
-        targets = {f"model/{name}": tensor for name, tensor in self.weights().items()}
+        weights = self.weights()
+        names = _names(weights)
+        targets = {f"model/{name}": tensor for name, tensor in weights.items()}
         trained = {key.split("/")[1] for key in _keys(saved, "optimizer/")} | set(document["optimizer"])
-        prepare_state(self.optimizer, self._names(), trained)
-        targets |= self._optimizer_state()[1]
+        prepare_state(self.optimizer, names, trained)
+        targets |= self._optimizer_state(names)[1]
         whole = {name: extra.state_dict() for name, extra in self.extras.items() if not isinstance(extra, Scattered)}
         _, live = split(whole, "extras")
         for name, extra in self.extras.items():
@@ -100,9 +103,9 @@ class TrainState:
 
     def accept(self, document: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         """Take what was read into `targets`: states that are no tensors, extras, random numbers."""
-        for parameter, name in self._names().items():
-            if name in document["optimizer"]:
-                self.optimizer.state[parameter].update(join(document["optimizer"][name], tensors))
+        for name, values in document["optimizer"].items():
+            if (parameter := tensors.get(f"model/{name}")) is not None:  # not that of another stage
+                self.optimizer.state[parameter].update(join(values, tensors))
         for name, extra in self.extras.items():
             if name in document["extras"]:
                 is_scattered = isinstance(extra, Scattered)
@@ -133,11 +136,11 @@ class TrainState:
         """Where the model computes."""
         return next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
 
-    def _optimizer_state(self) -> tuple[dict[str, Json], dict[str, torch.Tensor]]:
+    def _optimizer_state(self, names: Mapping[torch.Tensor, str]) -> tuple[dict[str, Json], dict[str, torch.Tensor]]:
         """What the optimizer knows of each parameter: values that are no tensors by name, and the live tensors."""
         values: dict[str, Json] = {}
         tensors: dict[str, torch.Tensor] = {}
-        for name, state in optimizer_state_by_name(self.optimizer, self._names()).items():
+        for name, state in optimizer_state_by_name(self.optimizer, names).items():
             tensors |= {
                 f"optimizer/{name}/{key}": part for key, part in state.items() if isinstance(part, torch.Tensor)
             }
@@ -147,8 +150,9 @@ class TrainState:
                 tensors |= nested
         return values, tensors
 
-    def _names(self) -> dict[torch.Tensor, str]:
-        return {tensor: name for name, tensor in self.weights().items()}
+
+def _names(weights: Mapping[str, torch.Tensor]) -> dict[torch.Tensor, str]:
+    return {tensor: name for name, tensor in weights.items()}
 
 
 def _keys(saved: Layout, prefix: str) -> list[str]:

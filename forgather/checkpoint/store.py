@@ -36,7 +36,7 @@ from forgather.checkpoint.folder import (
     step_name,
 )
 from forgather.checkpoint.keep import Keep
-from forgather.checkpoint.loading import Checkpoint, load_checkpoint, open_checkpoint
+from forgather.checkpoint.loading import Checkpoint, load_checkpoint, visible_checkpoint
 from forgather.checkpoint.manifest import Manifest
 from forgather.checkpoint.messages import Committed, Failed, WritePart
 from forgather.checkpoint.plan import Plans
@@ -178,10 +178,12 @@ class CheckpointStore:
         if rank() == 0:
             for leftover in leftovers(self.run.checkpoints):
                 self.run.say(f"note: {leftover} was left by an interrupted save or removal; it is ignored")
-        steps: list[int] = broadcast_object(saved_steps(self.run.checkpoints))
-        for step in reversed(steps):
+        steps = saved_steps(self.run.checkpoints) if rank() == 0 else []
+        found = False
+        while (next_one := self._next(steps)) is not None:
+            found = True
+            step, opened = next_one
             folder = self.run.checkpoints / step_name(step)
-            opened = open_checkpoint(folder)
             damage = opened if isinstance(opened, list) else load_checkpoint(state, opened)
             if isinstance(opened, Checkpoint) and not damage:
                 self._loaded(state, opened)
@@ -190,12 +192,18 @@ class CheckpointStore:
                 return opened
             self._damaged.add(step)
             self.run.say(f"warning: {folder} is damaged and not used: {'; '.join(damage)}")
-        if steps:
+        if found:
             raise CheckpointError(
                 f"every checkpoint in {self.run.checkpoints} is damaged",
                 fix="bring back the files named above, or start another run with --fresh",
             )
         return None
+
+    def _next(self, steps: list[int]) -> tuple[int, Checkpoint | list[str]] | None:
+        """The highest of rank 0's `steps`, which is taken from them, and what is there to see; None after the last."""
+        step = steps.pop() if steps else None
+        seen = None if step is None else (step, visible_checkpoint(self.run.checkpoints / step_name(step)))
+        return broadcast_object(seen)
 
     def load(self, state: TrainState, checkpoint: Checkpoint) -> None:
         """Read this `checkpoint` into the live objects of `state`, on whatever mesh they are.

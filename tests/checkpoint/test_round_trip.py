@@ -187,6 +187,33 @@ def test_a_state_that_one_rank_cannot_give_fails_on_all_at_once(tmp_path: Path) 
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
+def refused_load(folder: str) -> tuple[str, bool]:
+    run = Run(seed=99)
+    before = run.values()
+    store = open_store(Path(folder))
+
+    def refuse() -> dict[str, object]:
+        raise ValueError("the hook has no room")
+
+    if rank() == 1:
+        run.position.state_dict = refuse  # type: ignore[method-assign]
+    try:
+        store.resume(run.state)
+    except (ValueError, DistributedError) as error:
+        after = run.values()
+        return str(error), all(torch.equal(before[name], after[name]) for name in before)
+    finally:
+        store.run.close()
+    return "loaded", False
+
+
+def test_a_state_that_one_rank_has_no_room_for_fails_on_all_before_anything_is_read(tmp_path: Path) -> None:
+    with RankPool(2, timeout_s=20) as pool:
+        pool.run(save_at, str(tmp_path / "run"), 1)
+        answers = pool.run(refused_load, str(tmp_path / "run"))
+    assert answers == [("rank 1 failed (the hook has no room)", True), ("the hook has no room", True)]
+
+
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_when_one_rank_fails_all_say_so_and_nothing_appears(
     tmp_path: Path, two_ranks: RankPool, asynchronous: bool
