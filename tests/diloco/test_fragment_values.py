@@ -36,10 +36,14 @@ def test_a_body_is_as_long_as_it_was_said_to_be() -> None:
 
 
 @pytest.mark.parametrize("have", [None, START], ids=["values", "change"])
-def test_an_answer_is_broken_off_when_other_values_take_the_place_of_what_it_sends(have: Version | None) -> None:
+@pytest.mark.parametrize("num_sent", [1, 3])
+def test_an_answer_is_broken_off_when_other_values_take_the_place_of_what_it_sends(
+    have: Version | None, num_sent: int
+) -> None:
     values = advanced(fragment("bf16"))
     blocks = values.answer(WantValues(ALL, 0, have)).blocks()
-    next(blocks)
+    for _ in range(num_sent):
+        next(blocks)
     values.move_begins()
     with pytest.raises(ChangedError):
         list(blocks)

@@ -100,6 +100,31 @@ def test_a_file_is_not_closed_under_a_thread_that_writes_to_it(tmp_path: Path) -
         waiting[0]()
 
 
+def test_what_is_written_out_of_order_can_be_looked_at_when_all_before_it_is_there(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        writes: list[Callable[[], None]] = []
+        futures: list[Future[None]] = []
+
+        def submit(write: Callable[[], None]) -> "Future[None]":
+            writes.append(write)
+            futures.append(Future())
+            return futures[-1]
+
+        room = Spool(tmp_path, 0, submit).room(2 * MIB)
+        for _ in range(2):
+            room.write(memoryview(bytes(MIB)))
+        second = pool.submit(writes[1])
+        with pytest.raises(TimeoutError):
+            second.result(0.05)
+        assert room.num_readable == 0
+        writes[0]()
+        futures[0].set_result(None)
+        second.result(10)
+        assert room.num_readable == 2 * MIB
+        futures[1].set_result(None)
+        room.release()
+
+
 def test_a_full_disk_is_told_before_anything_is_read(
     tmp_path: Path, submit: Callable[..., "Future[None]"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
