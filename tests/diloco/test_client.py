@@ -111,6 +111,7 @@ def test_an_answer_that_comes_early_is_heard_and_the_rest_is_not_sent():
     [
         (404, UnknownWorkerError),
         (503, UnreachableError),
+        (507, UnreachableError),  # its disk is full, until somebody makes room
         (408, UnreachableError),
         (401, ForgatherError),
         (409, DistributedError),
@@ -121,7 +122,7 @@ def test_refusals_are_of_their_kind_and_say_nothing_secret(status, kind):
     refusal = answer(status, {"error": "it is so", "fix": "do this"})
     with answering(refusal) as (address, _), pytest.raises(kind) as raised:
         client(address).heartbeat(Heartbeat(1))
-    assert isinstance(raised.value, (UnknownWorkerError, UnreachableError)) == (status in (404, 408, 503))
+    assert isinstance(raised.value, (UnknownWorkerError, UnreachableError)) == (status in (404, 408, 503, 507))
     assert TOKEN not in str(raised.value)
     assert KEY not in str(raised.value)
     assert status in (404, 401) or "it is so" in str(raised.value)
