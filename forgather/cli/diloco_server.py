@@ -82,7 +82,13 @@ def add_server(parser: CommandParser) -> None:
         "--norm-guard", choices=("off", "clip", "refuse"), default="off", help="what becomes of outliers (default: off)"
     )
     add("--save-every", type=_count(1), default=1, metavar="K", help="versions between two saves (default: 1)")
-    add("--work-units", type=_count(0), default=0, metavar="N", help="lease the order of samples in N units an epoch")
+    add(
+        "--work-units",
+        type=_count(0),
+        default=1024,
+        metavar="N",
+        help="lease the order of samples in N units an epoch (default: 1024; 0: each worker has its own order)",
+    )
 
     add("--no-auth", action="store_true", help="ask for no token; on loopback alone")
     add("--token-file", metavar="FILE", help="the token, which is made if it is not there (default: DIR/token)")

@@ -236,10 +236,11 @@ async def _contribute(request: web.Request) -> web.Response:
 async def _values(request: web.Request) -> web.StreamResponse:
     coordinator = request.app[COORDINATOR]
     want = WantValues.from_json(await _json(request, MAX_HEADER_BYTES))
-    answer = await coordinator.answer(int(request.match_info["fragment"]), want)
+    member = coordinator.members.with_key(request.headers.get(KEY_HEADER, ""))
+    worker = None if member is None else member.name
+    answer = await coordinator.answer(int(request.match_info["fragment"]), want, worker)
     if answer is None:
         return web.Response(status=204)
-    member = coordinator.members.with_key(request.headers.get(KEY_HEADER, ""))
     response = web.StreamResponse(headers={"Content-Type": "application/octet-stream"})
     response.content_length = answer.num_bytes
     idle_s, _ = request.app[_TIMES]

@@ -207,12 +207,20 @@ class Coordinator:
         if self.ledger is not None:
             self.ledger.check(header.consumed)
 
-    async def answer(self, fragment: int, want: WantValues) -> Answer | None:
-        """What to send for `want`, once there is a version that it takes; None when there was none for `wait_s`."""
+    async def answer(self, fragment: int, want: WantValues, worker: str | None = None) -> Answer | None:
+        """What to send to `worker` for `want`, once there is such a version; None when there was none for `wait_s`."""
         self.rounds.require_fragment(fragment)
         there = self.fragments[fragment]
         there.require(want)
-        while await self.until(lambda: not there.is_moving and there.version.number >= want.at_least, want.wait_s):
+        if want.counted is not None and worker is None:
+            raise ProtocolError("whose contribution is it to have?", status=404, fix="register again")
+
+        def is_there() -> bool:
+            if there.is_moving or there.version.number < want.at_least:
+                return False
+            return want.counted is None or self.rounds.counted[fragment].has(str(worker), want.counted)
+
+        while await self.until(is_there, want.wait_s):
             answer = await asyncio.get_running_loop().run_in_executor(self._threads, there.answer, want)
             if answer.is_current and not there.is_moving:
                 return answer

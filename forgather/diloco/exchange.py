@@ -220,10 +220,11 @@ class Exchange:
             at_least, round = self._at_least, self.round
             self._is_asking = True
         have = self.fragment.version if self._takes_change else None
+        # An asynchronous server may make versions of others' contributions before this one's turn.
+        counted = round if self._is_async and self.parts else None
+        want = WantValues(self.fragment.slices, at_least, have, WAIT_S, counted)
         try:
-            with self._client.values(
-                self.fragment.number, WantValues(self.fragment.slices, at_least, have, WAIT_S)
-            ) as answer:
+            with self._client.values(self.fragment.number, want) as answer:
                 self._found()
                 if answer is None:
                     return
@@ -261,7 +262,9 @@ class Exchange:
         self._missed(error)
         self._pause()
         registered = self._persist(lambda: self._membership.register(self._client), round)
-        if registered is not None and registered.versions[self.fragment.number].number <= round:
+        if registered is not None and (
+            self._is_async or registered.versions[self.fragment.number].number <= round
+        ):  # asynchronous versions do not say whose contributions they have
             with self._changed:
                 self._accepted = None
 

@@ -270,13 +270,15 @@ class Closed:
 class WantValues:
     """Asks for slices of a fragment at a version of at least `at_least`; waits for it up to `wait_s` (then 204).
 
-    With `have`, the answer may be the change from that version instead of the values.
+    With `have`, the answer may be the change from that version instead of the values. With `counted`, the version must
+    also have this worker's contribution to that round: on an asynchronous server another's may have made it.
     """
 
     slices: Sequence[Slice]
     at_least: int
     have: Version | None = None
     wait_s: float = 20.0
+    counted: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {
@@ -287,12 +289,19 @@ class WantValues:
     @classmethod
     def from_json(cls, value: Any) -> Self:
         match value:
-            case {"slices": list(slices), "at_least": int(at_least), "have": have, "wait_s": int() | float() as wait_s}:
+            case {
+                "slices": list(slices),
+                "at_least": int(at_least),
+                "have": have,
+                "wait_s": int() | float() as wait_s,
+                "counted": None | int() as counted,
+            }:
                 return cls(
                     [Slice.from_json(each) for each in slices],
                     at_least,
                     None if have is None else Version.from_json(have),
                     min(60.0, max(0.0, float(wait_s))),
+                    counted,
                 )
         raise ProtocolError("a request for values lacks something, or has it in another form")
 

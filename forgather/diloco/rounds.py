@@ -137,7 +137,7 @@ class Rounds:
             return "take"
         due = next((named for name, named in there.replay[0] if name == worker), None)
         is_missing = due is not None and (worker, due) not in there.complete and not there.closing
-        if self.mode == "sync" and is_missing:
+        if is_missing:
             return Closed(there.version)  # what it sent for this round before is wanted first
         return "wait"
 

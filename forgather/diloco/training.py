@@ -59,8 +59,6 @@ def build_worker(
     the data is each machine's own, or leased.
     """
     if server is None:
-        if leases is not None and leases.is_open:
-            raise ConfigError("rows are leased by a server, and there is none", fix="--diloco-server HOST:PORT")
         return None
     if fuse_optimizer_with_backward:
         raise ConfigError(

@@ -266,13 +266,13 @@ class DiLoCo:
                 f"the server has sync_every {settings.sync_every}, and this worker was given {expected}",
                 fix=f"leave out --sync-every: the server's is in force; or start the server with {expected}",
             )
-        if bool(settings.work_units) != (self._leases is not None):
+        if self._leases is not None and not settings.work_units:
             raise ConfigError(
-                "the server leases the rows of the data, and this run takes its own"
-                if settings.work_units
-                else "this run wants its rows leased, and the server leases none",
-                fix="--diloco-leased" if settings.work_units else "start the server with --work-units 1024, say",
+                "this run wants its rows leased, and the server leases none",
+                fix="--diloco-leased false, and a --seed for each worker; or start the server with --work-units 1024, say",
             )
+        if self._leases is None and settings.work_units and rank() == 0:
+            self._say("diloco: the server leases rows, and this run takes its own: others may train on the same ones")
         if self.settings is None or self._schedule is None:
             self._follow(settings)
             return

@@ -47,6 +47,7 @@ class Training:
         command = [*FORGATHER, "-p", str(PROJECT), "diloco", "server", "-n", "3", "-o", str(self.folder / "server")]
         command += ["--host", self.hosts[0].address, "--port", str(PORT), "--lease", "600"]
         command += ["--sync-every", str(SYNC_EVERY), "--upload", "bf16", "--download", "fp32"]
+        command += ["--work-units", "0"]  # who asks first would decide who trains which rows
         server = self._start(self.hosts[0], "server", command)
         self._until(lambda: self.status() is not None, server)
         return server
@@ -56,6 +57,7 @@ class Training:
         command = [*FORGATHER, "-p", str(PROJECT), "train", *MESHES[name], "--steps", str(ROUNDS * SYNC_EVERY)]
         command += ["--diloco-server", f"{self.hosts[0].address}:{PORT}", "--diloco-worker", name, "--run-name", name]
         command += ["--runs-dir", str(self.folder), "--seed", str(number), "--save-every", "3"]
+        command += ["--diloco-leased", "false"]
         command += ["--eval-every", "null", "--sample-every", "null", "--eval-rows", "8"]
         return self._start(self.hosts[number], name, command)
 

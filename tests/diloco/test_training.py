@@ -32,7 +32,7 @@ def server_of(
     model = Project(folder, args={"run_name": "of the server"}).session().build("model")
     values: dict[str, Tensor] = {name: value.detach().clone() for name, value in model.named_parameters()}
     monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
-    with running_server(tmp_path / "server", values, settings_of(values, **{"sync_every": 2} | settings)) as server:
+    with running_server(tmp_path / "server", values, settings_of(values, **{"sync_every": 2, "work_units": 4} | settings)) as server:
         arguments = {
             "run_name": f"worker of {tmp_path.name}",
             "diloco_server": f"{server.host}:{server.port}",
@@ -124,7 +124,6 @@ def test_a_run_that_waits_for_others_can_be_stopped(folder, tmp_path, monkeypatc
     ("arguments", "said"),
     [
         ({"diloco_server": "127.0.0.1:9", "fuse_optimizer_with_backward": True, "max_grad_norm": None}, "fused with"),
-        ({"diloco_leased": True}, "rows are leased by a server"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_sent(folder, arguments, said):  # noqa: F811
