@@ -11,6 +11,7 @@ some, outer steps and saving in one, one after the other. So heartbeats and stat
 """
 
 import asyncio
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,9 +32,10 @@ from forgather.diloco.contribution import Held
 from forgather.diloco.fragment_values import Answer, FragmentValues
 from forgather.diloco.intake import Intake
 from forgather.diloco.ledger import Ledger
-from forgather.diloco.members import Command, Member, Members
+from forgather.diloco.members import Member, Members
 from forgather.diloco.messages import (
     Beat,
+    Command,
     Contribution,
     Heartbeat,
     ProtocolError,
@@ -88,6 +90,7 @@ class Coordinator:
         self.settings = settings
         self.outer = outer
         self.run = run
+        self.name = secrets.token_hex(8)  # of this process: what it only holds goes with it
         self.draining = False
         self.stopped = asyncio.Event()
         self.started_at = clock()
@@ -133,6 +136,7 @@ class Coordinator:
             constants=constants or {},
             document=self._document,
             accept_document=self._accept_document,
+            tell=self._tell,
             stopped=self.stopped,
         )
         self.publisher.load()
@@ -157,7 +161,7 @@ class Coordinator:
         if outcome != "again":
             self.run.say(f"worker {member.name} of {member.host or 'an unnamed host'} is here ({outcome})")
         self.wake()
-        return Registered(self.settings, [fragment.version for fragment in self.fragments])
+        return Registered(self.settings, [fragment.version for fragment in self.fragments], self.name)
 
     def beat(self, worker: str, key: str, heartbeat: Heartbeat) -> Beat:
         """A worker lives."""
@@ -233,11 +237,13 @@ class Coordinator:
                 await self._changed.wait_for(lambda: condition() or self.stopped.is_set())
         return condition()
 
-    async def unit(self, request: Any, key: str) -> dict[str, int]:
+    async def unit(self, request: Any, key: str) -> dict[str, list[list[int]]]:
         """The rows that a worker asks for."""
         if self.ledger is None:
             raise ProtocolError(
-                "this server leases no work units", status=422, fix="start it with --work-units 1024, say"
+                "this server leases no work units",
+                status=422,
+                fix="start it with --work-units 1024, say, or the worker with --diloco-leased false",
             )
         worker = request.get("worker") if isinstance(request, dict) else None
         self.members.require(str(worker), key)
@@ -307,13 +313,13 @@ class Coordinator:
                         await self._tell()
 
     def _document(self) -> dict[str, Any]:
-        """The state that is no tensor, as it is to be after a restart."""
+        """The state that is no tensor."""
         return {
             "fragments": [list(names) for names in self.settings.fragments],
             "download": self.settings.download,
             "mode": self.settings.mode,
             "members": self.members.state_dict(),
-            "rounds": self.rounds.state_dict(*(self.publisher.making or ())),
+            "rounds": self.rounds.state_dict(),
             "history": list(self.publisher.history),
             "said": {name: getattr(self.settings, name) for name in _MUST_AGREE},
         }
@@ -344,9 +350,9 @@ class Coordinator:
         return self.publisher.step
 
     def drain(self) -> None:
-        """Take nobody in any more, tell all workers to save and stop, and end when they have left."""
+        """Take nobody in any more, tell all workers to send what they have, save and stop; end when they have left."""
         self.draining = True
-        self.members.command(None, "stop")
+        self.members.command(None, "drain")
 
     def kick(self, worker: str) -> None:
         """Take a worker out at once, with what it has sent for open rounds; its process is told to stop."""

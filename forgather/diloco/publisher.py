@@ -1,11 +1,13 @@
-"""Makes versions: outer step, save or journal, publish. One after the other, and nothing half done is ever seen.
+"""Makes versions: outer step, journal, publish, save. One after the other, and nothing half done is ever seen.
 
     combine       master values and change, in the outer thread; the published values are still the old ones
-    save          or a line of the journal: from here on the version cannot be lost
+    journal       a line that says whose contributions made it: with them, and they are kept, it can be made again
     move          the published values become the new ones; whoever was reading is to ask again
+    save          every so many versions, while workers fetch the values and train on; the next outer step waits for it
 
-A disk that refuses is asked again until it takes the version, or the server is to end: that round is then made again by
-the next, from the contributions that the workers have kept.
+So nobody waits for a model's worth of bytes to reach a disk. A version is *durable* when it is saved, and until then
+the workers keep what made it. A disk that refuses is asked again until it takes the line, or the state, or the server is
+to end: that round is then made again by the next, from the contributions that the workers have kept.
 """
 
 import asyncio
@@ -52,7 +54,7 @@ class StoppingError(Exception):
 class Publisher:
     """Closes rounds, and keeps what they have made in the run folder `run`.
 
-    `document` gives the state that is no tensor, as it will be when the version that is being made is published.
+    `document` gives the state that is no tensor; `tell` wakes whoever waits for a version.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Publisher:
         constants: Mapping[str, Tensor],
         document: Callable[[], dict[str, Any]],
         accept_document: Callable[[Mapping[str, Any]], None],
+        tell: Callable[[], Awaitable[None]],
         stopped: asyncio.Event,
     ) -> None:
         if save_every < 1:
@@ -80,7 +83,6 @@ class Publisher:
         self.trouble: str | None = None  # why it cannot save at the moment
         self.num_refused = 0
         self.history: deque[dict[str, Any]] = deque(maxlen=HISTORY)
-        self.making: tuple[int, Version] | None = None  # the version that is made and not published yet, of a fragment
         self._fragments = fragments
         self._rounds = rounds
         self._intake = intake
@@ -91,6 +93,7 @@ class Publisher:
         self._clock = clock
         self._save_every = save_every
         self._document = document
+        self._tell = tell
         self._stopped = stopped
         self._unsaved = 0  # versions since the last save
         self._later: dict[str, float] = {}  # settings of the outer optimizer that wait for the end of its step
@@ -105,7 +108,7 @@ class Publisher:
     @property
     def step(self) -> int:
         """How many versions were made, over all fragments: the step of a checkpoint."""
-        return sum(each.version.number for each in self._fragments) + (self.making is not None)
+        return sum(each.version.number for each in self._fragments)
 
     def load(self) -> None:
         """Go on from the newest checkpoint, and let the rounds since then be made again; or save what it begins with.
@@ -131,6 +134,9 @@ class Publisher:
         """Make the next version of a fragment of these contributions. StoppingError when the server ends before."""
         async with self._lock:
             await self._close_round(fragment, contributors)
+            await self._tell()
+            if self._unsaved >= self._save_every:
+                await self._retried(self._save)
 
     async def _close_round(self, fragment: int, contributors: Sequence[tuple[str, int]]) -> None:
         began = time.perf_counter()
@@ -149,19 +155,11 @@ class Publisher:
         )
         version = Version(before.number + 1, lineage(before.lineage, taken))
         self._note(fragment, version, helds, taken, self._clock() - opened_at)
-        self.making, self._state.moving = (fragment, version), fragment
-        is_saved = self._unsaved + 1 >= self._save_every
-        if is_saved:
-            await self._retried(self._save)
-        else:
-            await self._retried(lambda: self._in_thread(lambda: self._journal.add(fragment, version, contributors)))
+        await self._retried(lambda: self._in_thread(lambda: self._journal.add(fragment, version, contributors)))
         there.move_begins()
         await self._in_thread(there.move)
         there.moved(version, before)
-        self.making = self._state.moving = None
-        self._unsaved = 0 if is_saved else self._unsaved + 1
-        if is_saved:
-            self._mark_durable()
+        self._unsaved += 1
         self._rounds.published(fragment, version)
         for held in helds:
             self._intake.drop(fragment, held.worker, held.round)
@@ -210,13 +208,13 @@ class Publisher:
                 await self._save()
             except CheckpointError as error:
                 raise ProtocolError(error.message, status=507, fix=error.fix) from error
-            self._unsaved = 0
-            self._mark_durable()
 
     async def _save(self) -> None:
         self._state.document = self._document()  # here, where nobody changes it meanwhile
         may_clear = not any(each.replay for each in self._rounds.rounds)
         await self._in_thread(lambda: self._write(may_clear=may_clear))
+        self._unsaved = 0
+        self._mark_durable()
 
     def _write(self, *, may_clear: bool) -> None:
         self._store.save(cast(TrainState, self._state), self.step)

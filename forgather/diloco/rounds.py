@@ -222,23 +222,12 @@ class Rounds:
         """The next rounds are to be closed with just these contributions, as long as they can come."""
         self.rounds[fragment].replay = deque(closed)
 
-    def state_dict(self, fragment: int | None = None, version: Version | None = None) -> dict[str, Any]:
-        """The state that a new server takes up; with arguments, as it will be when `version` is published."""
-        counted = [each.state_dict() for each in self.counted]
-        versions = [each.version for each in self.rounds]
-        expected = [sorted(each.expected) for each in self.rounds]
-        if fragment is not None and version is not None:
-            later = Counted()
-            later.load_state_dict(counted[fragment])
-            for worker, round in self.rounds[fragment].closing:
-                later.add(worker, round)
-            counted[fragment] = later.state_dict()
-            versions[fragment] = version
-            expected[fragment] = sorted(self._present())
+    def state_dict(self) -> dict[str, Any]:
+        """The state that a new server takes up."""
         return {
-            "versions": [each.to_json() for each in versions],
-            "expected": expected,
-            "counted": counted,
+            "versions": [each.version.to_json() for each in self.rounds],
+            "expected": [sorted(each.expected) for each in self.rounds],
+            "counted": [each.state_dict() for each in self.counted],
             "awaited": self._awaited,
             "num_wanted": self.num_wanted,
         }

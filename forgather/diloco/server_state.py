@@ -6,8 +6,7 @@
     extras/diloco/change/<fragment>    the change that leads to the last version, so that it can still be sent
     extras of the document             versions, lineages, members, who was counted when, the ledger of work units
 
-A checkpoint is written while its newest version is not published yet: that one's change is marked as still to be
-applied. So after a crash a server that comes back stands before or after a version, never within.
+It is written between outer steps: a server that comes back stands before or after a version, never within.
 """
 
 import json
@@ -66,7 +65,6 @@ class ServerState:
         self._others = extras
         self.document: dict[str, Any] = {}
         self._accept_document = accept_document
-        self.moving: int | None = None  # the fragment whose change is made and not applied yet
 
     def capture(self) -> tuple[dict[str, Tensor], dict[str, Json]]:
         """The live tensors by name, and the document of the rest."""
@@ -75,12 +73,9 @@ class ServerState:
         tensors |= self._published()
         changes = {}
         for number, fragment in enumerate(self.fragments):
-            is_moving = number == self.moving
-            if fragment.change is not None and (is_moving or fragment.changed_from is not None):
+            if fragment.change is not None and fragment.changed_from is not None:
                 tensors[f"extras/{EXTRA}/change/{number}"] = fragment.change.data
-                before = fragment.version if is_moving else fragment.changed_from
-                assert before is not None, "a change leads from somewhere"
-                changes[str(number)] = {"from": before.to_json(), "is_applied": not is_moving}
+                changes[str(number)] = fragment.changed_from.to_json()
         own = self.document | {"changes": changes, "outer": self.outer.describe()}
         extras, others = split({name: extra.state_dict() for name, extra in self._others.items()}, "extras")
         assert isinstance(extras, dict), "a dict of states becomes a dict"
@@ -107,18 +102,16 @@ class ServerState:
 
     @torch.no_grad()
     def accept(self, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Take what was read into `targets`, and finish what was not finished."""
+        """Take what was read into `targets`."""
         own = document["extras"][EXTRA]
         for fragment in self.fragments:
             for name, values in fragment.published.items():
                 if f"extras/{EXTRA}/published/{name}" not in tensors:
                     values.copy_(fragment.master[name])
         self._accept_document(own)
-        for key, said in own["changes"].items():
+        for key, before in own["changes"].items():
             fragment = self.fragments[int(key)]
-            if not said["is_applied"]:
-                fragment.move()
-            fragment.moved(fragment.version, Version.from_json(said["from"]))
+            fragment.moved(fragment.version, Version.from_json(before))
         self.outer.load({key.partition("/")[2]: each for key, each in tensors.items() if key.startswith("optimizer/")})
         for name, extra in self._others.items():
             if name in document["extras"]:

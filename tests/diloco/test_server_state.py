@@ -122,9 +122,12 @@ def test_the_change_to_the_last_version_can_still_be_sent_after_a_restart(tmp_pa
 def killed_at(moment: str, folder: Path, copy: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Within the block the server's folder is copied at this moment of its first round, for the first time."""
 
+    is_copied = threading.Event()
+
     def snapshot() -> None:
-        if not copy.exists():
+        if not is_copied.is_set():
             shutil.copytree(folder, copy)
+            is_copied.set()
 
     if moment == "before the outer step":
         step = Nesterov.step
@@ -134,12 +137,15 @@ def killed_at(moment: str, folder: Path, copy: Path, monkeypatch: pytest.MonkeyP
             step(self, name, master, mean)
 
         monkeypatch.setattr(Nesterov, "step", stepping)
-    elif moment == "while it saves":
+    elif moment in ("while it saves", "saved"):
         commit = background.commit
 
         def committing(*arguments: Any) -> list[str]:
+            if moment == "while it saves":
+                snapshot()
+            said = commit(*arguments)
             snapshot()
-            return commit(*arguments)
+            return said
 
         monkeypatch.setattr(background, "commit", committing)
     else:
@@ -151,12 +157,15 @@ def killed_at(moment: str, folder: Path, copy: Path, monkeypatch: pytest.MonkeyP
 
         monkeypatch.setattr(FragmentValues, "move", moving)
     yield
+    assert is_copied.wait(20)  # it saves while workers go on
     monkeypatch.undo()
     monkeypatch.setattr(publisher, "RETRY_S", 0.02)
 
 
 @pytest.mark.parametrize("download", ["fp32", "int4"])
-@pytest.mark.parametrize("moment", ["before the outer step", "while it saves", "saved and not published"])
+@pytest.mark.parametrize(
+    "moment", ["before the outer step", "written down and not published", "while it saves", "saved"]
+)
 def test_killed_at_any_moment_it_loses_nothing_and_counts_nothing_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, download: str
 ) -> None:
@@ -169,7 +178,7 @@ def test_killed_at_any_moment_it_loses_nothing_and_counts_nothing_twice(
         rounds(workers, range(1, 3), names)
         expected = state(server)
     with running_server(tmp_path / "copy", values(0), said, Nesterov(), num_workers=2) as server:
-        was_saved = moment == "saved and not published"
+        was_saved = moment == "saved"
         assert server.status()["versions"] == [int(was_saved)]
         # They do not know what became of what they sent, and send it again.
         workers = come(server, "a", "b")
