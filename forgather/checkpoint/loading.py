@@ -18,13 +18,12 @@ import torch
 from forgather.checkpoint.commit import DOCUMENT
 from forgather.checkpoint.folder import cause_of, step_name
 from forgather.checkpoint.layout import LAYOUT, Layout, StoredTensor, read_layout
-from forgather.checkpoint.manifest import MANIFEST, Manifest, ManifestError
+from forgather.checkpoint.manifest import MANIFEST, Manifest, ManifestError, OtherFormatError, UnreadableError
 from forgather.checkpoint.part import file_name
 from forgather.checkpoint.state import TrainState
 from forgather.checkpoint.storage import Check, DamagedFileError, Read, perform, reads_of
 from forgather.distributed.collectives import (
     agree,
-    broadcast_object,
     failing_together,
     gather_objects,
     raise_together,
@@ -67,9 +66,15 @@ class Checkpoint:
 
 
 def visible_checkpoint(folder: Path) -> Checkpoint | list[str]:
-    """The checkpoint in `folder`, or what is wrong with it that shows without reading its files."""
+    """The checkpoint in `folder`, or what is wrong with it that shows without reading its files.
+
+    OtherFormatError when another version wrote it, UnreadableError when it cannot be read now: neither is damage, which
+    another checkpoint would make good.
+    """
     try:
         manifest = Manifest.read(folder)
+    except (OtherFormatError, UnreadableError):
+        raise
     except ManifestError as error:
         return [error.line]
     expected = step_name(manifest.step)
@@ -78,32 +83,34 @@ def visible_checkpoint(folder: Path) -> Checkpoint | list[str]:
     return manifest.damaged_sizes(folder) or Checkpoint(folder, manifest)
 
 
-def open_checkpoint(folder: Path) -> Checkpoint | list[str]:
-    """What `visible_checkpoint` of rank 0 is, on every rank."""
-    return broadcast_object(visible_checkpoint(folder) if rank() == 0 else [])
-
-
 def load_checkpoint(state: TrainState, checkpoint: Checkpoint) -> list[str]:
     """Verify `checkpoint` and read it into the live objects of `state`; returns the damage, one line a file.
 
     With damage, weights and optimizer state are a mixture, to be loaded again from elsewhere, and nothing else has
     changed. CheckpointError, listing both sides, when names, shapes or dtypes differ; no weight is changed then.
+    UnreadableError when files cannot be read now, of which nothing says that they are damaged.
     """
     targets: dict[str, torch.Tensor] = {}
     differing: dict[str, str] = {}
+    damage: list[str] = []
     failure: Exception | None = None
-    damage = _damage_of_share(checkpoint)
-    if not damage:
-        try:
+    try:
+        damage = _damage_of_share(checkpoint)
+        if not damage:
             targets = state.targets(checkpoint.layout, checkpoint.document)
             differing = _differing(checkpoint.layout, targets)
-        except Exception as error:  # noqa: BLE001  raised below, by all
-            failure = error
+    except Exception as error:  # noqa: BLE001  raised below, by all
+        failure = error
     if not agree(not damage and failure is None and not differing):
         if damage := _damage_anywhere(damage, failure):
             return damage
         _refuse_unlike(checkpoint, targets, differing)
-    if damage := _read_tensors(checkpoint, targets):
+    layout = checkpoint.layout
+    wanted = [name in targets or not name.startswith(_NEEDED) for name in layout]
+    damage, has_places = _read_tensors(checkpoint, layout, targets, wanted)
+    if not has_places:
+        _refuse_unlike(checkpoint, targets, {})
+    if damage:
         return damage
     with failing_together():
         state.accept(checkpoint.document, targets)
@@ -127,10 +134,36 @@ def _damage_anywhere(damage: list[str], failure: Exception | None) -> list[str]:
     return []
 
 
-def _read_tensors(checkpoint: Checkpoint, targets: Mapping[str, torch.Tensor]) -> list[str]:
-    """Fill `targets`, and see that all that is stored is what was saved; the damage, one line a file."""
-    reads = reads_of(checkpoint.layout, targets)
-    checks = _share_of_checks(checkpoint, targets, reads)
+def load_weights(checkpoint: Checkpoint, targets: Mapping[str, torch.Tensor]) -> None:
+    """Fill `targets`, or this rank's part of them, from the model's tensors of those names, and verify all of these.
+
+    A target's dtype may be another. `checkpoint.layout` is taken to be verified. DamagedFileError, on the ranks that
+    find it, and on the others an error that says so, when the weights are not those that were saved: some of `targets`
+    may be filled then.
+    """
+    prefix = "model/"
+    layout = {
+        name.removeprefix(prefix): stored for name, stored in checkpoint.layout.items() if name.startswith(prefix)
+    }
+    damage, _ = _read_tensors(checkpoint, layout, targets, [True] * len(layout))
+    if damage:
+        raise CheckpointError(
+            f"{checkpoint.path} is damaged: {'; '.join(damage)}",
+            fix="bring that file back, or begin with another checkpoint",
+        )
+
+
+def _read_tensors(
+    checkpoint: Checkpoint, layout: Layout, targets: Mapping[str, torch.Tensor], wanted: Sequence[bool]
+) -> tuple[list[str], bool]:
+    """Fill `targets`, and see that all that `layout` tells of is what was saved.
+
+    Returns the damage, one line a file, and whether every tensor is `wanted` by a rank; otherwise nothing was read.
+    """
+    reads = reads_of(layout, targets)
+    checks = _share_of_checks(layout, reads, wanted)
+    if checks is None:
+        return [], False
     damage: list[str] = []
     failure: Exception | None = None
     try:
@@ -139,16 +172,14 @@ def _read_tensors(checkpoint: Checkpoint, targets: Mapping[str, torch.Tensor]) -
         damage = [error.line]
     except Exception as error:  # noqa: BLE001  raised below, by all
         failure = error
-    return [] if agree(not damage and failure is None) else _damage_anywhere(damage, failure)
+    return [] if agree(not damage and failure is None) else _damage_anywhere(damage, failure), True
 
 
-def _share_of_checks(checkpoint: Checkpoint, targets: Mapping[str, torch.Tensor], reads: Sequence[Read]) -> list[Check]:
+def _share_of_checks(layout: Layout, reads: Sequence[Read], wanted: Sequence[bool]) -> list[Check] | None:
     """Of the chunks that no rank reads whole, so that nobody would notice damage, those that this rank is to check.
 
-    CheckpointError when there are tensors that no rank has a place for.
+    None when there are tensors that no rank wants.
     """
-    layout = checkpoint.layout
-    wanted = [name in targets or not name.startswith(_NEEDED) for name in layout]
     chunks = [chunk for stored in layout.values() for chunk in stored.chunks]
     places = {(chunk.file, chunk.at): number for number, chunk in enumerate(chunks)}
     readers = bytearray(len(chunks))
@@ -159,7 +190,7 @@ def _share_of_checks(checkpoint: Checkpoint, targets: Mapping[str, torch.Tensor]
     if all(counts):
         return []
     if not all(counts[: len(wanted)]):
-        _refuse_unlike(checkpoint, targets, {})
+        return None
     checks = [Check(name, chunk) for name, stored in layout.items() for chunk in stored.chunks]
     unread = [check for check, count in zip(checks, counts[len(wanted) :], strict=True) if not count]
     unread.sort(key=lambda check: -check.chunk.length)

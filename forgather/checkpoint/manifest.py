@@ -5,6 +5,7 @@ digested. A digest is needed because nothing below us checks one: the file syste
 `torch.load` never compares the checksums that it writes.
 """
 
+import errno
 import json
 import os
 import platform
@@ -39,6 +40,37 @@ class OtherFormatError(ManifestError):
     def __init__(self, folder: Path, format: object) -> None:
         why = f"has format {format}, and this version of Forgather reads format {FORMAT}"
         super().__init__(folder, why, fix="use the version that wrote it, which stands there under `versions`")
+
+
+class UnreadableError(CheckpointError):
+    """The system did not let us read a file of a checkpoint; nothing says that it is damaged. `line` as above."""
+
+    def __init__(self, path: Path, error: OSError) -> None:
+        super().__init__(
+            f"{path} cannot be read now: {error.strerror or error}; nothing says that it is damaged",
+            fix=_FIX_OF.get(error.errno or 0, "see to the disk or the network that it is on, and start again"),
+        )
+        self.line = f"{path.name} cannot be read now: {error.strerror or error}"
+
+
+# What says something of the file: it is not there, something else is in its place, or the disk has lost its bytes.
+_DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO)}
+_FIX_OF = {
+    errno.EACCES: "let the user that trains read it (chmod, chown)",
+    errno.EPERM: "let the user that trains read it (chmod, chown)",
+    errno.EMFILE: "let the process open more files (ulimit -n), and start again",
+    errno.ENFILE: "let the machine open more files (sysctl fs.file-max), and start again",
+}
+
+
+def require_damage(path: Path, error: OSError) -> None:
+    """Raise UnreadableError unless `error`, met in reading `path`, says that the file itself is not what it was.
+
+    A run that took every refusal for damage would go back to an older checkpoint, and set this one aside, because a
+    server was away for a moment.
+    """
+    if error.errno not in _DAMAGE:
+        raise UnreadableError(path, error) from error
 
 
 @dataclass(frozen=True)
@@ -86,12 +118,16 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """The manifest in `folder`; ManifestError when missing or altered, OtherFormatError of another version."""
+        """The manifest in `folder`; ManifestError when it is missing or altered.
+
+        Two errors tell of no damage: OtherFormatError of another version, UnreadableError of a passing refusal.
+        """
         try:
             content = json.loads((folder / MANIFEST).read_bytes())
         except FileNotFoundError:
             raise ManifestError(folder, "is missing") from None
         except OSError as error:
+            require_damage(folder / MANIFEST, error)
             raise ManifestError(folder, f"cannot be read: {error.strerror}") from error
         except (ValueError, RecursionError) as error:
             raise ManifestError(folder, "is no JSON") from error
@@ -116,7 +152,10 @@ class Manifest:
             raise ManifestError(folder, "is not a manifest: it lacks what each has") from error
 
     def damaged_sizes(self, folder: Path) -> list[str]:
-        """One line for each file that is missing or has another size, or for a folder that is gone; reads no file."""
+        """One line for each file that is missing or has another size, or for a folder that is gone; reads no file.
+
+        UnreadableError when the system does not tell.
+        """
         damage = []
         missing: dict[str, list[str]] = {}
         for name, record in self.files.items():
@@ -126,6 +165,7 @@ class Manifest:
                 missing.setdefault(name.rpartition("/")[0], []).append(name)
                 continue
             except OSError as error:
+                require_damage(folder / name, error)
                 damage.append(f"{name}: {error.strerror}")
                 continue
             if size != record.size:
@@ -138,12 +178,16 @@ class Manifest:
         return damage
 
     def damaged_digests(self, folder: Path, names: Iterable[str]) -> list[str]:
-        """One line for each of `names` whose bytes are not those that were saved; reads them whole."""
+        """One line for each of `names` whose bytes are not those that were saved; reads them whole.
+
+        UnreadableError when the system does not let them be read.
+        """
         damage = []
         for name in names:
             try:
                 record = record_of(folder / name)
             except OSError as error:
+                require_damage(folder / name, error)
                 damage.append(f"{name}: {error.strerror}")
                 continue
             if record != self.files[name]:

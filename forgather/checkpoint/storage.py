@@ -15,6 +15,7 @@ import xxhash
 from torch import Tensor
 
 from forgather.checkpoint.layout import Chunk, Layout, StoredTensor
+from forgather.checkpoint.manifest import require_damage
 from forgather.checkpoint.part import blocks_of
 from forgather.errors import CheckpointError
 from forgather.tensor_boxes import Box, local_boxes, local_part
@@ -150,7 +151,10 @@ def _place(chunk: Chunk, stored: StoredTensor, box: Box, origin: tuple[int, ...]
 
 
 def perform(folder: Path, reads: Iterable[Read | Check]) -> None:
-    """Do all of `reads` in the files of `folder`. DamagedFileError at the first that finds other bytes, or none."""
+    """Do all of `reads` in the files of `folder`. DamagedFileError at the first that finds other bytes, or none.
+
+    UnreadableError when the system does not let a file be read.
+    """
     # In the order of the files, so that the disk and its read-ahead go one way.
     in_order = sorted(reads, key=lambda read: (read.chunk.file, read.chunk.at))
     for name, of_file in groupby(in_order, key=lambda read: read.chunk.file):
@@ -159,6 +163,7 @@ def perform(folder: Path, reads: Iterable[Read | Check]) -> None:
                 for read in of_file:
                     read.perform(file.fileno(), folder)
         except OSError as error:
+            require_damage(folder / name, error)
             raise DamagedFileError(folder / name, f"cannot be read: {error.strerror}") from error
 
 

@@ -172,7 +172,9 @@ class CheckpointStore:
         None where nothing was ever saved. Says what it passes over: what an interrupted save left, and which file of a
         damaged checkpoint is wrong; then the next older one is loaded, all of it. CheckpointError when there are
         checkpoints and every one is damaged, as a run does not start anew by accident: `state` may be a mixture then.
-        CheckpointError, listing both sides, when names, shapes or dtypes differ.
+        CheckpointError, listing both sides, when names, shapes or dtypes differ. CheckpointError when another version
+        wrote the newest, or it cannot be read now: that is no damage, and to go on from an older one would throw steps
+        away.
         """
         self.finish()
         if rank() == 0:
@@ -202,21 +204,16 @@ class CheckpointStore:
     def _next(self, steps: list[int]) -> tuple[int, Checkpoint | list[str]] | None:
         """The highest of rank 0's `steps`, which is taken from them, and what is there to see; None after the last."""
         step = steps.pop() if steps else None
-        seen = None if step is None else (step, visible_checkpoint(self.run.checkpoints / step_name(step)))
-        return broadcast_object(seen)
-
-    def load(self, state: TrainState, checkpoint: Checkpoint) -> None:
-        """Read this `checkpoint` into the live objects of `state`, on whatever mesh they are.
-
-        CheckpointError when it is damaged: `state` may be a mixture then. CheckpointError, listing both sides, when
-        names, shapes or dtypes differ; no weight is changed then.
-        """
-        self.finish()
-        if damage := load_checkpoint(state, checkpoint):
-            raise CheckpointError(
-                f"{checkpoint.path} is damaged: {'; '.join(damage)}", fix="bring that file back, or load another one"
-            )
-        self._loaded(state, checkpoint)
+        seen: tuple[int, Checkpoint | list[str]] | CheckpointError | None = None
+        if step is not None:
+            try:
+                seen = (step, visible_checkpoint(self.run.checkpoints / step_name(step)))
+            except CheckpointError as error:
+                seen = error
+        seen = broadcast_object(seen)
+        if isinstance(seen, CheckpointError):
+            raise seen
+        return seen
 
     def _loaded(self, state: TrainState, checkpoint: Checkpoint) -> None:
         self._current = checkpoint.step

@@ -11,7 +11,7 @@ from forgather.checkpoint.folder import leftovers, remove, saved_steps, step_nam
 from forgather.checkpoint.keep import Keep
 from forgather.checkpoint.layout import StoredTensor, read_layout
 from forgather.checkpoint.lock import RunLock
-from forgather.checkpoint.manifest import MANIFEST, Manifest, ManifestError, OtherFormatError
+from forgather.checkpoint.manifest import MANIFEST, Manifest, ManifestError, OtherFormatError, UnreadableError
 from forgather.cli.options import Options
 from forgather.cli.parser import CommandParser, UsageError
 from forgather.errors import EXIT_OK, CheckpointError
@@ -66,11 +66,13 @@ def _list(run: Path) -> None:
         folder = checkpoints / step_name(step)
         try:
             manifest = Manifest.read(folder)
-        except ManifestError as error:
-            why = error.line if isinstance(error, OtherFormatError) else f"damaged: {error.line}"
-            rows.append([str(step), "", "", "", "", why])
+            damage = manifest.damaged_sizes(folder)
+        except (OtherFormatError, UnreadableError) as error:
+            rows.append([str(step), "", "", "", "", error.line])
             continue
-        damage = manifest.damaged_sizes(folder)
+        except ManifestError as error:
+            rows.append([str(step), "", "", "", "", f"damaged: {error.line}"])
+            continue
         state = f"damaged: {'; '.join(damage)}" if damage else ""
         rows.append([str(step), manifest.saved_at, _size(manifest.size), _mesh(manifest), _metrics(manifest), state])
     _print_table(rows if len(rows) > 1 else [["no checkpoint yet"]])
@@ -122,7 +124,7 @@ def _verify(folders: Sequence[Path]) -> None:
         try:
             manifest = Manifest.read(folder)
             damage = manifest.damaged_sizes(folder) or manifest.damaged_digests(folder, manifest.files)
-        except OtherFormatError as error:
+        except (OtherFormatError, UnreadableError) as error:
             print(f"{folder}: {error.line}")
             foreign.append(error)
             continue

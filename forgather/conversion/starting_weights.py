@@ -8,8 +8,14 @@ from transformers import PreTrainedTokenizerBase
 
 from forgather.conversion.listing import listed
 from forgather.conversion.model_folder import tokenizer_in
-from forgather.conversion.weight_sources import CheckpointSource, WeightSource, open_weights
-from forgather.distributed.collectives import failing_together, gather_objects
+from forgather.conversion.weight_sources import CheckpointSource, WeightSource, fingerprint, open_weights
+from forgather.distributed.collectives import (
+    broadcast_object,
+    failing_together,
+    gather_objects,
+    rank,
+    require_equal,
+)
 from forgather.errors import CheckpointError
 from forgather.tensor_boxes import local_box, local_part
 
@@ -31,13 +37,12 @@ class StartingWeights:
 
         Collective: each rank gives its own part of the model. `tied` maps names to those that they are tied to.
         CheckpointError, before a weight is changed, when shapes differ (both are listed), when the folder lacks a
-        weight or has one that the model lacks, and when its tokenizer is another.
+        weight or has one that the model lacks, and when its tokenizer is another; and when the weights are not those
+        that were saved. DistributedError when ranks find different files under one path.
         """
         if self.path is None:
             return None
-        with failing_together():
-            source = open_weights(self.path)
-            self._require_same_tokenizer()
+        source = self._open(self.path)
         chosen = {name: found for name in weights if (found := _stored_name(name, source, tied)) is not None}
         shapes = {
             name: (list(weights[name].shape), list(source.kinds[there].shape))
@@ -52,17 +57,37 @@ class StartingWeights:
             missing=sorted({name for names, _, _ in everywhere for name in names}),
             differing={name: both for _, differing, _ in everywhere for name, both in differing.items()},
         )
-        with failing_together(), torch.no_grad():
-            _fill(source, {there: weights[name] for name, there in chosen.items()})
+        targets = {there: weights[name] for name, there in chosen.items()}
+        if isinstance(source, CheckpointSource):
+            source.read_into(targets)
+        else:
+            with failing_together(), torch.no_grad():
+                _fill(source, targets)
         return f"beginning with the weights in {source.path}"
 
-    def _require_same_tokenizer(self) -> None:
-        assert self.path is not None, "there is a folder to look into"
-        theirs = tokenizer_in(self.path)
+    def _open(self, path: Path) -> WeightSource:
+        """The weights in `path`, which are the same on every rank."""
+        source: WeightSource | None = None
+        # A live run may save between two ranks' looks at it: which of its checkpoints is the newest, one rank says.
+        with failing_together():
+            if rank() == 0:
+                source = open_weights(path)
+        found = broadcast_object(None if source is None else source.path)
+        assert found is not None, "rank 0 has opened it"
+        with failing_together():
+            source = source or open_weights(found)
+            self._require_same_tokenizer(found)
+            seen = fingerprint(source)
+        fix = "let every host have the same files there: copy them anew, or use one folder that all hosts see"
+        require_equal(f"what {found} holds", seen, fix=fix)
+        return source
+
+    def _require_same_tokenizer(self, path: Path) -> None:
+        theirs = tokenizer_in(path)
         if theirs is None or self.tokenizer is None or theirs.get_vocab() == self.tokenizer.get_vocab():
             return
         raise CheckpointError(
-            f"the tokenizer in {self.path} has {len(theirs)} tokens, and this run's, with {len(self.tokenizer)}, is "
+            f"the tokenizer in {path} has {len(theirs)} tokens, and this run's, with {len(self.tokenizer)}, is "
             "another: rows of the embedding would stand for other tokens",
             fix="extend lib:train/fine_tune.yaml, which takes model and tokenizer from there",
         )
@@ -100,9 +125,6 @@ def _require_fit(
 
 
 def _fill(source: WeightSource, targets: Mapping[str, torch.Tensor]) -> None:
-    if isinstance(source, CheckpointSource):
-        source.read_into(targets)
-        return
     for name in source.kinds:  # in the order of the source, which is that of its files
         if name in targets:
             offsets, sizes = local_box(targets[name])

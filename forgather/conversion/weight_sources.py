@@ -12,16 +12,18 @@ import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 
-from forgather.checkpoint.loading import Checkpoint, visible_checkpoint
-from forgather.checkpoint.manifest import MANIFEST
-from forgather.checkpoint.storage import read_into, read_tensor
+from forgather.checkpoint.layout import LAYOUT
+from forgather.checkpoint.loading import Checkpoint, load_weights, visible_checkpoint
+from forgather.checkpoint.manifest import MANIFEST, record_of
+from forgather.checkpoint.storage import read_tensor
 from forgather.conversion.checkpoint_model import candidates, weight_kinds
 from forgather.conversion.safetensors_file import DTYPE_NAMES, TensorKind
 from forgather.errors import CheckpointError
@@ -52,8 +54,22 @@ class WeightSource(Protocol):
     @property
     def kinds(self) -> Mapping[str, TensorKind]: ...
 
+    @property
+    def files(self) -> Sequence[Path]:
+        """The files by which it is known: as long as they are the same, so are the weights."""
+
     def read(self, name: str) -> torch.Tensor:
         """The tensor, on the CPU. It may be a view of the file: copy it before writing into it."""
+
+
+def fingerprint(source: WeightSource) -> str:
+    """Equal for equal weights, as far as that can be told from names, shapes, sizes of files, and digests in them."""
+    digest = xxhash.xxh3_64(repr([(name, kind.shape, kind.dtype) for name, kind in source.kinds.items()]).encode())
+    for file in source.files:
+        # A manifest has the digests of all that belongs to it.
+        content = record_of(file).xxh3 if file.name == MANIFEST else file.stat().st_size
+        digest.update(f"{file.name} {content}".encode())
+    return digest.hexdigest()
 
 
 def open_weights(path: Path) -> WeightSource:
@@ -86,29 +102,37 @@ def open_weights(path: Path) -> WeightSource:
 
 
 class CheckpointSource:
-    """The model's part of a checkpoint; of a run, its newest where no damage shows."""
+    """The model's part of a checkpoint; of a run, its newest where no damage shows.
+
+    Where its tensors stand is verified here, and each when it is read.
+    """
 
     def __init__(self, path: Path) -> None:
         self._checkpoint = _newest_whole(path)
         self.path = self._checkpoint.path
+        self.files = [self.path / MANIFEST]
         self.kinds: Mapping[str, TensorKind] = weight_kinds(self._checkpoint.layout)
 
     def read(self, name: str) -> torch.Tensor:
         return read_tensor(self.path, self._checkpoint.layout, f"model/{name}")
 
     def read_into(self, targets: Mapping[str, torch.Tensor]) -> None:
-        """Fill what this rank has of each of `targets`, and read no more than that."""
-        layout = {name.removeprefix("model/"): stored for name, stored in self._checkpoint.layout.items()}
-        read_into(self.path, layout, targets)
+        """Fill what this rank has of each of `targets`. Collective: together ranks verify all weights there.
+
+        CheckpointError, on every rank, when they are not those that were saved.
+        """
+        load_weights(self._checkpoint, targets)
 
 
 def _newest_whole(path: Path) -> Checkpoint:
     damage = []
     for folder in candidates(path):
         opened = visible_checkpoint(folder)
-        if isinstance(opened, Checkpoint):
+        # Places that are wrong would pass for right: a tensor's own digest stands beside its place.
+        seen = opened.manifest.damaged_digests(folder, [LAYOUT]) if isinstance(opened, Checkpoint) else opened
+        if isinstance(opened, Checkpoint) and not seen:
             return opened
-        damage.append(f"{folder}: {', '.join(opened)}")
+        damage.append(f"{folder}: {', '.join(seen)}")
     raise CheckpointError(
         f"no checkpoint here is whole: {'; '.join(damage)}",
         fix="bring back the files named above, or name another run or checkpoint",
@@ -120,6 +144,7 @@ class _SafetensorsSource:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.files = [path]
         try:
             file: Any = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
@@ -148,6 +173,7 @@ class _PickleSource:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.files = [path]
         self._tensors = _tensors_of_pickle(path)
         self.kinds: Mapping[str, TensorKind] = {
             name: TensorKind(tuple(tensor.shape), tensor.dtype) for name, tensor in self._tensors.items()
@@ -162,11 +188,13 @@ class _ShardedSource:
 
     def __init__(self, index: Path) -> None:
         self.path = index
-        self._files = _weight_map(index)
+        self._places = _weight_map(index)
         self._open: WeightSource | None = None
         kinds: dict[str, TensorKind] = {}
-        for file in dict.fromkeys(self._files.values()):
-            names = [name for name, place in self._files.items() if place == file]
+        names_of = dict.fromkeys(self._places.values())
+        self.files = [index, *(index.parent / file for file in names_of)]
+        for file in names_of:
+            names = [name for name, place in self._places.items() if place == file]
             there = self._source(file).kinds
             if missing := [name for name in names if name not in there]:
                 raise CheckpointError(
@@ -176,7 +204,7 @@ class _ShardedSource:
         self.kinds: Mapping[str, TensorKind] = kinds
 
     def read(self, name: str) -> torch.Tensor:
-        return self._source(self._files[name]).read(name)
+        return self._source(self._places[name]).read(name)
 
     def _source(self, file: str) -> WeightSource:
         path = self.path.parent / file

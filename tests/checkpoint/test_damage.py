@@ -1,21 +1,26 @@
 """Damage is named by file, the next older whole checkpoint is used, and nothing mixed is ever loaded."""
 
+import errno
+import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from forgather.checkpoint import storage
 from forgather.checkpoint.keep import Keep
-from forgather.checkpoint.loading import Checkpoint, open_checkpoint
 from forgather.checkpoint.manifest import Manifest
 from forgather.checkpoint.run_folder import RunFolder
 from forgather.checkpoint.storage import read_all
 from forgather.checkpoint.store import CheckpointStore
-from forgather.errors import CheckpointError
-from tests.checkpoint.training import Run
+from forgather.distributed.collectives import rank
+from forgather.errors import CheckpointError, ForgatherError
+from tests.checkpoint.training import Run, save_at
+from tests.ranks import RankPool
 
 
 def truncate(file: Path, older: Path) -> None:
@@ -151,13 +156,86 @@ def test_the_step_of_a_damaged_checkpoint_can_be_saved_again(store: CheckpointSt
     assert (store.run.checkpoints / "step-00000002.damaged").is_dir()
 
 
-def test_damage_in_a_checkpoint_that_was_asked_for_stops_the_load(store: CheckpointStore) -> None:
+@contextmanager
+def refusing(name: str, number: int) -> Iterator[None]:
+    """The system refuses to open files of this name."""
+    opens = Path.open
+
+    def refuse(path: Path, *args: Any, **options: Any) -> Any:
+        if path.name == name:
+            raise OSError(number, os.strerror(number), str(path))
+        return opens(path, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "open", refuse)
+        yield
+
+
+FILES = ["manifest.json", "tensors.json", "state.json", "config.yaml", "rank-00000.bin"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE, errno.EMFILE])
+def test_what_cannot_be_read_now_is_not_taken_for_damage(store: CheckpointStore, name: str, number: int) -> None:
     save_steps(store, 1, 2)
-    checkpoint = open_checkpoint(store.run.checkpoints / "step-00000002")
-    assert isinstance(checkpoint, Checkpoint)
-    flip_a_byte(checkpoint.path / "rank-00000.bin", checkpoint.path)
-    with pytest.raises(CheckpointError, match=r"step-00000002 is damaged: rank-00000\.bin was altered where"):
-        store.load(Run(seed=7).state, checkpoint)
+    with (
+        refusing(name, number),
+        pytest.raises(CheckpointError, match=rf"{name} cannot be read now: .*; nothing says that it is damaged"),
+    ):
+        store.resume(Run(seed=7).state)
+    checkpoint = store.resume(Run(seed=7).state)
+    assert checkpoint is not None
+    assert checkpoint.step == 2
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_disk_that_has_lost_a_file_is_damage(store: CheckpointStore, name: str) -> None:
+    save_steps(store, 1, 2)
+    flip_a_byte(store.run.checkpoints / "step-00000001" / "manifest.json", store.run.checkpoints)
+    with refusing(name, errno.EIO), pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged"):
+        store.resume(Run(seed=7).state)
+
+
+def test_a_size_that_is_not_told_now_is_no_damage(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_steps(store, 1)
+    folder = store.run.checkpoints / "step-00000001"
+    manifest = Manifest.read(folder)
+
+    def refuse(path: Path) -> os.stat_result:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    with pytest.raises(CheckpointError, match="cannot be read now: Stale file handle"):
+        manifest.damaged_sizes(folder)
+
+
+def test_a_checkpoint_of_another_version_is_not_passed_over(store: CheckpointStore) -> None:
+    save_steps(store, 1, 2)
+    manifest = store.run.checkpoints / "step-00000002" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(CheckpointError, match=r"has format 2(.|\n)*fix: use the version that wrote it"):
+        store.resume(Run(seed=7).state)
+    assert sorted(path.name for path in store.run.checkpoints.iterdir()) == ["step-00000001", "step-00000002"]
+
+
+def resume_while(folder: str, name: str, refusing_rank: int) -> str:
+    with RunFolder(Path(folder)) as run, CheckpointStore(run, asynchronous=False) as store:
+        number = errno.EACCES if rank() == refusing_rank else errno.EIO
+        with refusing(name if rank() == refusing_rank else "none", number):
+            try:
+                store.resume(Run(seed=7).state)
+            except ForgatherError as error:
+                return error.message
+    return "resumed"
+
+
+@pytest.mark.parametrize(("name", "refusing_rank"), [("manifest.json", 0), ("state.json", 1), ("rank-00001.bin", 1)])
+def test_what_one_rank_cannot_read_stops_all(tmp_path: Path, name: str, refusing_rank: int) -> None:
+    with RankPool(2) as pool:
+        pool.run(save_at, str(tmp_path), 1)
+        for said in pool.run(resume_while, str(tmp_path), name, refusing_rank):
+            assert f"{name} cannot be read now: Permission denied" in said
+        assert pool.run(resume_while, str(tmp_path), name, -1) == ["resumed"] * 2
 
 
 def test_nothing_but_tensors_is_taken_from_a_checkpoint_that_turns_out_damaged(store: CheckpointStore) -> None:

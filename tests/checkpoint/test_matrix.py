@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from forgather.checkpoint.comparison import compare
-from forgather.checkpoint.loading import Checkpoint, open_checkpoint
 from forgather.checkpoint.run_folder import RunFolder
 from forgather.checkpoint.state import TrainState
 from forgather.checkpoint.store import CheckpointStore
@@ -92,11 +91,9 @@ def load_each(project: str, axes: Axes, tied: bool, sources: list[str], folder: 
     step, data, state = build(project, axes, tied)
     found = []
     for number, source in enumerate(sources):
+        with RunFolder(Path(source)) as run, CheckpointStore(run) as store:
+            assert store.resume(state) is not None
         with RunFolder(Path(folder) / str(number)) as run, CheckpointStore(run) as store:
-            checkpoint = open_checkpoint(Path(source) / "checkpoints" / f"step-{STEPS_BEFORE:08d}")
-            assert isinstance(checkpoint, Checkpoint), checkpoint
-            store.load(state, checkpoint)
-            store._current = None  # of another run, and to be saved in this one
             store.save(state, STEPS_BEFORE)
             found.append(train(step, data, STEPS_BEFORE, STEPS_AFTER))
     data.close()

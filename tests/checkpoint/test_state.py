@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from forgather.checkpoint.keep import Keep
-from forgather.checkpoint.loading import Checkpoint, open_checkpoint
+from forgather.checkpoint.loading import Checkpoint, visible_checkpoint
 from forgather.checkpoint.run_folder import RunFolder
 from forgather.checkpoint.state import TrainState
 from forgather.checkpoint.store import CheckpointStore
@@ -97,7 +97,7 @@ def test_preparing_the_optimizer_takes_no_step_and_calls_no_hook(tmp_path: Path)
     other.optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
     other.optimizer.register_step_post_hook(lambda *_: calls.append("post"))
     torch.optim.lr_scheduler.LambdaLR(other.optimizer, lambda step: 1.0)
-    checkpoint = open_checkpoint(store.run.checkpoints / "step-00000001")
+    checkpoint = visible_checkpoint(store.run.checkpoints / "step-00000001")
     assert isinstance(checkpoint, Checkpoint)
     before = other.values()
     other.state.targets(checkpoint.layout, {"optimizer": {}, "extras": {}, "random": [None]})

@@ -1,5 +1,6 @@
 """A run begins with the weights of any folder: its shape and tokenizer if asked, never its learning rate or step."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,11 +11,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from forgather.cli.main import main
+from forgather.conversion import starting_weights
 from forgather.conversion.model_folder import ModelFolder, tokenizer_in
 from forgather.conversion.starting_weights import StartingWeights
-from forgather.errors import CheckpointError, ForgatherError, ModelError
+from forgather.conversion.weight_sources import WeightSource, open_weights
+from forgather.distributed.collectives import rank
+from forgather.errors import CheckpointError, DistributedError, ForgatherError, ModelError
 from tests.checkpoint.test_train_crash import CONFIG
 from tests.conversion.small_llama import llama
+from tests.conversion.test_export import flip_a_byte, save_run
 from tests.conversion.test_native import build
 from tests.models.example import tokenizer
 from tests.ranks import RankPool
@@ -66,6 +71,95 @@ def test_a_folder_of_a_larger_model_is_refused(tmp_path: Path) -> None:
     llama(seed=1, num_hidden_layers=2).save_pretrained(tmp_path / "hub")
     with pytest.raises(CheckpointError, match=r"has no place for\n  model\.layers\.1\."):
         begin(str(tmp_path / "hub"), False, num_hidden_layers=1)
+
+
+def begin_or_say(path: str) -> str:
+    """What is wrong with the weights in `path`, for a model in shards."""
+    try:
+        begin(path, True, tie_word_embeddings=True)
+    except ForgatherError as error:
+        return error.message
+    return ""
+
+
+@pytest.mark.parametrize("at", [0.0, 1 / 8])
+def test_an_altered_byte_is_noticed_where_no_rank_has_a_place_for_all_that_was_saved_in_one_piece(
+    tmp_path: Path, two_ranks: RankPool, at: float
+) -> None:
+    save_run(str(tmp_path / "run"))
+    assert two_ranks.run(begin_or_say, str(tmp_path / "run")) == ["", ""]
+    step = tmp_path / "run" / "checkpoints" / "step-00000001"
+    flip_a_byte(step, at=at)
+    for said in two_ranks.run(begin_or_say, str(tmp_path / "run")):
+        assert said.startswith(f"{step} is damaged: rank-00000.bin was altered where ")
+
+
+def test_a_place_that_was_altered_is_noticed(tmp_path: Path) -> None:
+    """The bytes there may be another weight of the same shape."""
+    save_run(str(tmp_path / "run"), num_steps=2)
+    older, newer = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    layout = newer / "tensors.json"
+    content = layout.read_text()
+    layout.write_text(content.replace('"shape": [16, 16]', '"shape": [61, 16]', 1))
+    assert layout.stat().st_size == len(content)
+    assert open_weights(tmp_path / "run").path == older
+    with pytest.raises(CheckpointError, match=r"no checkpoint here is whole: .*tensors\.json: other bytes than were"):
+        open_weights(newer)
+
+
+def begin_beside_a_live_run(path: str) -> str:
+    """Which checkpoint a rank begins with, when the run has another one as soon as rank 0 has looked."""
+    newest = Path(path) / "checkpoints" / "step-00000002"
+
+    def open_and_save(source: Path) -> WeightSource:
+        until = time.monotonic() + 60
+        while rank() != 0 and not newest.exists() and time.monotonic() < until:
+            time.sleep(0.001)
+        opened = open_weights(source)
+        if rank() == 0:
+            newest.with_name("later").rename(newest)
+        return opened
+
+    starting_weights.open_weights = open_and_save
+    try:
+        model = llama(seed=7, tie_word_embeddings=True)
+        weights = dict(model.named_parameters())
+        return StartingWeights(path).load(weights, model.all_tied_weights_keys) or "nothing"
+    finally:
+        starting_weights.open_weights = open_weights
+
+
+def test_all_ranks_begin_with_one_checkpoint_of_a_run_that_goes_on(tmp_path: Path, two_ranks: RankPool) -> None:
+    save_run(str(tmp_path / "run"), num_steps=2)
+    first, second = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    second.rename(second.with_name("later"))
+    said = two_ranks.run(begin_beside_a_live_run, str(tmp_path / "run"))
+    assert said == [f"beginning with the weights in {first}"] * 2
+
+
+def begin_with_folders_that_differ(path: str) -> str:
+    starting_weights.open_weights = lambda source: open_weights(source if rank() == 0 else source.parents[1] / "other")
+    try:
+        begin(path, False)
+    except DistributedError as error:
+        return str(error)
+    finally:
+        starting_weights.open_weights = open_weights
+    return "begun"
+
+
+@pytest.mark.parametrize("kind", ["hub", "run"])
+def test_ranks_that_see_other_files_under_one_path_are_told(tmp_path: Path, two_ranks: RankPool, kind: str) -> None:
+    """As hosts do that have copies of their own."""
+    if kind == "hub":
+        llama(seed=1).save_pretrained(tmp_path / "hub")
+        llama(seed=1, vocab_size=17).save_pretrained(tmp_path / "other")
+    else:
+        save_run(str(tmp_path / "hub"), tied=False)
+        save_run(str(tmp_path / "hub" / "other"), tied=False, seed=2)
+    for said in two_ranks.run(begin_with_folders_that_differ, str(tmp_path / "hub")):
+        assert "is not the same on all ranks (rank 0: " in said
+        assert "fix: let every host have the same files there" in said
 
 
 def test_no_question_is_asked_about_our_own_code(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
