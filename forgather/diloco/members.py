@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from forgather.diloco.messages import Beat, Heartbeat, ProtocolError, Register
+from forgather.diloco.messages import Beat, Command, Heartbeat, ProtocolError, Register
 
-Command = Literal["save", "stop", "abort"]
 _MOST = 200  # letters of what a worker says of itself
 
 

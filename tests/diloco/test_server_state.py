@@ -197,7 +197,7 @@ class TestSavingEveryFewVersions:
         ) as server:
             a, b = come(server, "a", "b")
             rounds([a, b], range(3), [list(values(0))])
-            assert server.status()["durable"] == [3]
+            until(lambda: server.status()["durable"] == [3])
             rounds([b], range(3, 4), [list(values(0))])  # a is late, by more than the deadline
             rounds([a, b], range(4, 5), [list(values(0))])
             assert server.status()["durable"] == [3]
@@ -350,15 +350,13 @@ class TestFullDisk:
         monkeypatch.setattr(module, name, tried)
         yield freed
 
-    @pytest.mark.parametrize("save_every", [1, 10], ids=["saving", "journal"])
-    def test_while_it_cannot_save_nothing_is_published_and_all_else_goes_on(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_every: int
+    def test_while_it_cannot_write_who_made_a_version_nobody_hears_of_it_and_all_else_goes_on(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         said = settings_of(one(0.0), download="bf16")
-        with running_server(tmp_path, one(0.0), said, save_every=save_every) as server:
+        with running_server(tmp_path, one(0.0), said) as server:
             worker = come(server, "a")[0]
-            where = (background, "write_part") if save_every == 1 else (Journal, "add")
-            with self.failing(monkeypatch, *where) as freed:
+            with self.failing(monkeypatch, Journal, "add") as freed:
                 worker.contribute(0, one(1.0))
                 until(lambda: "No space left" in (server.status()["trouble"] or ""))
                 assert worker.beat().status == 200
@@ -373,6 +371,26 @@ class TestFullDisk:
                 version, held = worker.taken(one(0.0), whole(one(0.0)), at_least=1)
             assert version.number == 1
             assert torch.equal(held["w"], torch.full((3,), -1.0))
+            assert server.status()["trouble"] is None
+
+    def test_while_it_cannot_save_workers_have_the_version_and_it_is_not_durable(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with running_server(tmp_path, one(0.0)) as server:
+            worker = come(server, "a")[0]
+            with self.failing(monkeypatch, background, "write_part") as freed:
+                worker.contribute(0, one(1.0))
+                version, held = worker.taken(one(0.0), whole(one(0.0)), at_least=1)
+                assert version.number == 1
+                assert torch.equal(held["w"], torch.full((3,), -1.0))
+                until(lambda: "No space left" in (server.status()["trouble"] or ""))
+                assert server.status()["durable"] == [0]  # the worker keeps what it has sent
+                assert ask(server, "POST", "/v1/control/save").status == 507
+                assert worker.contribute(1, one(1.0)).json == HELD
+                assert server.status()["versions"] == [1]  # the next outer step waits for the disk
+                freed()
+                worker.taken(one(0.0), whole(one(0.0)), at_least=2)
+            until(lambda: server.status()["durable"] == [2])
             assert server.status()["trouble"] is None
 
     def test_a_server_that_cannot_save_can_be_ended(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -472,11 +490,11 @@ def test_work_units_are_leased_counted_and_survive(tmp_path: Path) -> None:
         worker = come(server, "a")[0]
 
         def unit(sequence: int) -> Any:
-            request = {"worker": "a", "sequence": sequence, "rows": 10, "order": "o"}
-            return ask(server, "POST", "/v1/units", request, key=worker.key).json
+            request = {"worker": "a", "sequence": sequence, "rows": 10, "order": "o", "at_least": 1}
+            return ask(server, "POST", "/v1/units", request, key=worker.key).json["leases"]
 
         first, second = unit(0), unit(1)
-        assert (first["start"], first["length"], second["start"]) == (0, 2, 2)
+        assert (first, second) == ([[0, 2]], [[2, 2]])
         assert unit(0) == first
         worker.contribute(0, one(1.0), consumed={"0": 2})
         worker.taken(one(0.0), whole(one(0.0)), at_least=1)
