@@ -1,5 +1,6 @@
 """The rank's side of writing checkpoints: copy the tensors aside and let a process write them, or write them here."""
 
+import contextlib
 import mmap
 import os
 import socket
@@ -22,6 +23,9 @@ from forgather.checkpoint.part import Item, leave_failure, write_part
 from forgather.checkpoint.storage import raw_bytes
 from forgather.errors import CheckpointError, ForgatherError
 
+# How long the writer may take to end when it is told to. It ends at once, but for a call into a disk that does not
+# answer; and whoever waited for that could not even say what went wrong.
+ENDING_S = 5.0
 _SOURCES = str(Path(__file__).parents[2])  # where this very Forgather is, installed or not
 
 
@@ -146,7 +150,7 @@ class BackgroundWriter:
     def close(self) -> None:
         self._unpin()
         self._connection.close()
-        self._process.wait()
+        self._end()
         os.close(self._descriptor)
 
     @property
@@ -207,9 +211,20 @@ class BackgroundWriter:
                 self._answers.append(answer)
         return self._answers[number]
 
+    def _end(self) -> int | None:
+        """Wait for the end of the process, which has been told or has hung up; None when not even a kill ends it."""
+        for ask in (None, self._process.kill):
+            if ask is not None:
+                ask()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return self._process.wait(ENDING_S)
+        return None
+
     def _died(self) -> CheckpointError:
-        code = self._process.wait()
-        how = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
+        code = self._end()
+        how = "hangs, and cannot be ended" if code is None else f"ended with code {code}"
+        if code is not None and code < 0:
+            how = f"was ended by signal {-code}"
         if self._job is not None:
             leave_failure(draft_of(self._job.final), self._job.rank, f"its writing process {how}")
         return CheckpointError(

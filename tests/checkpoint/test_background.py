@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from forgather.checkpoint import background
 from forgather.checkpoint import store as store_module
 from forgather.checkpoint.background import BackgroundWriter
 from forgather.checkpoint.folder import saved_steps
@@ -203,6 +204,38 @@ def test_signals_of_a_terminal_do_not_end_it(folder: RunFolder) -> None:
     store.finish()
     store.close()
     assert saved_steps(folder.checkpoints) == [1, 2]
+
+
+def hold(process: int) -> None:
+    """Let a process do nothing any more, as a disk that does not answer would."""
+    os.kill(process, signal.SIGSTOP)
+    os.waitid(os.P_PID, process, os.WSTOPPED)
+
+
+def test_a_writer_that_does_not_end_is_killed(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background, "ENDING_S", 0.2)
+    store = CheckpointStore(folder)
+    store.save(Run().state, 1)
+    store.finish()
+    writer = process_of(store)
+    hold(writer)
+    store.close()
+    assert not Path(f"/proc/{writer}").exists()
+
+
+def test_one_that_not_even_a_kill_ends_is_left_behind(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background, "ENDING_S", 0.1)
+    store = CheckpointStore(folder)
+    store.save(Run().state, 1)
+    store.finish()
+    assert isinstance(store._writer, BackgroundWriter)
+    process = store._writer._process
+    with monkeypatch.context() as patch:
+        patch.setattr(process, "kill", lambda: None)
+        hold(process.pid)
+        store.close()
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
 
 
 def test_files_where_the_run_was_started_are_no_modules(

@@ -1,5 +1,6 @@
 """A hook whose ranks hold different tensors: each gives its own, and reads its own on any number of ranks."""
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from forgather.checkpoint.document import join, split
 from forgather.checkpoint.merged_document import merge
 from forgather.checkpoint.run_folder import RunFolder
 from forgather.checkpoint.state import TrainState
@@ -92,5 +94,25 @@ def test_parts_of_a_document_are_put_together_and_contradictions_of_kind_are_ref
         "c": {"x": 1, "y": 2},
     }
     assert merge([{"__tensor__": "a"}, {"__tensor__": "a"}]) == {"__tensor__": "a"}
-    with pytest.raises(CheckpointError, match="different kinds"):
-        merge([{"a": {"x": 1}}, {"a": 1}])
+    with pytest.raises(CheckpointError, match=r"extras/hook/a is a dict on rank 1, and int on rank 0(.|\n)*'hook'"):
+        merge([{"hook": {"a": 1}}, {"hook": {"a": {"x": 1}}}, {"hook": {}}])
+    with pytest.raises(CheckpointError, match="extras/hook is a dict on rank 0, and tensor on rank 1"):
+        merge([{"hook": {}}, {"hook": {"__tensor__": "a"}}])
+
+
+@pytest.mark.parametrize(
+    ("states", "whole"),
+    [
+        ([{}, {1: "x"}], {1: "x"}),
+        ([{1: "x"}, {}], {1: "x"}),
+        ([{1: "x"}, {2: "y", 1: "z"}], {1: "x", 2: "y"}),
+        ([{1: {"a": 1}}, {1: {"b": {}}}, {1: {"b": {3: ()}}}], {1: {"a": 1, "b": {3: ()}}}),
+        ([{1: "number"}, {"1": "text"}], {1: "number", "1": "text"}),
+        ([{"__tensor__": 5}, {"a": 6}], {"__tensor__": 5, "a": 6}),
+        ([{}, {}], {}),
+    ],
+)
+def test_dicts_of_any_keys_are_put_together(states: list[Any], whole: Any) -> None:
+    """What a dict looks like in JSON depends on its keys, and an empty one has none."""
+    merged = merge([split({"hook": state}, "extras")[0] for state in states])
+    assert join(json.loads(json.dumps(merged)), {}) == {"hook": whole}
