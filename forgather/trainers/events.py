@@ -160,9 +160,12 @@ class Hooks:
         return {name: hook for name, hook in self.hooks.items() if hasattr(hook, "state_dict")}
 
     def __enter__(self) -> Self:
-        for hook in self.hooks.values():
-            if hasattr(hook, "__enter__"):
-                self._open.enter_context(hook)
+        # What has been entered is left again when a later one cannot be: nobody calls __exit__ then.
+        with ExitStack() as entered:
+            for hook in self.hooks.values():
+                if hasattr(hook, "__enter__"):
+                    entered.enter_context(hook)
+            self._open = entered.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
