@@ -6,6 +6,7 @@ travel in buckets. Gradients of less than 32 bits are summed in 32, as FSDP does
 replicas is rounded 7 times, and the run is another one on each number of them.
 """
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,9 @@ MIB = 1024 * 1024
 # size a step of two processes of 7M parameters on gloo had 0.96 of the speed that it has with these.
 LARGE_MIB = 8.0  # from here on a gradient is worth a message of its own, without a copy into a bucket
 BUCKET_MIB = 25.0
+# How many buckets of low-precision gradients may be summed in fp32 at once. Each has memory of its own until it is
+# rounded: for all of them that would be 4 bytes a parameter. While one is summed the next can wait; more gain nothing.
+IN_FP32_AT_ONCE = 2
 
 
 @dataclass
@@ -49,6 +53,7 @@ class Replicas:
         self._bucket_of: dict[Tensor, Bucket] = {}
         self._hooks: list[Any] = []
         self._seen: set[Tensor] = set()
+        self._in_fp32: deque[Bucket] = deque()  # those that are being summed so, the oldest first
         self._launched = 0
         self._ending = False  # the engine has been asked to call us at the end of this backward
         # Parameters may still be replaced until the first forward: materialising and tying do it.
@@ -73,12 +78,10 @@ class Replicas:
         with torch.no_grad():
             for bucket in self._buckets[self._launched :]:
                 self._launch(bucket)
-        for bucket in self._buckets:
-            if bucket.work is not None:
-                bucket.work.wait()
-            if bucket.in_fp32:
-                self._take_sums(bucket)
-            bucket.work, bucket.num_missing = None, len(bucket.parameters)
+            for bucket in self._buckets:
+                self._await(bucket)
+                bucket.num_missing = len(bucket.parameters)
+        self._in_fp32.clear()
         self._seen.clear()
         self._launched, self._ending = 0, False
 
@@ -91,6 +94,9 @@ class Replicas:
     def _launch(self, bucket: Bucket) -> None:
         gradients = [_gradient(parameter) for parameter in bucket.parameters]
         if bucket.in_fp32:
+            while len(self._in_fp32) >= IN_FP32_AT_ONCE:
+                self._await(self._in_fp32.popleft())
+            self._in_fp32.append(bucket)
             bucket.buffer = torch.cat([gradient.flatten().float() for gradient in gradients])
             bucket.work = dist.all_reduce(bucket.buffer, group=self.group, async_op=True)
             return
@@ -106,15 +112,22 @@ class Replicas:
         for gradient, view in zip(gradients, views, strict=True):
             gradient.data = view  # what the sum is written to
 
+    def _await(self, bucket: Bucket) -> None:
+        """Return when the gradients of a bucket are the sums, unless they are already."""
+        if bucket.work is None:
+            return
+        bucket.work.wait()
+        bucket.work = None  # with the memory that it refers to
+        if bucket.in_fp32:
+            self._take_sums(bucket)
+
     @staticmethod
     def _take_sums(bucket: Bucket) -> None:
         assert bucket.buffer is not None, "what is summed in fp32 has been launched"
         gradients = [_gradient(parameter) for parameter in bucket.parameters]
         pieces = torch.split(bucket.buffer, [gradient.numel() for gradient in gradients])
-        with torch.no_grad():
-            torch._foreach_copy_(
-                gradients, [piece.view(gradient.shape) for piece, gradient in zip(pieces, gradients, strict=True)]
-            )
+        sums = [piece.view(gradient.shape) for piece, gradient in zip(pieces, gradients, strict=True)]
+        torch._foreach_copy_(gradients, sums)
         bucket.buffer = None
 
     def _prepare(self, _model: nn.Module, _args: Any) -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from forgather.distributed import replicas
+from forgather.distributed import fsdp, replicas
 from forgather.distributed.environment import Environment
 from forgather.distributed.fsdp import apply_fsdp, describe_spread, mark_microbatch, sum_replicas
 from forgather.distributed.mesh import Mesh
@@ -134,3 +134,32 @@ def test_low_precision_is_added_up_in_fp32(two_ranks, bucket_mib):
         assert dtypes == {torch.float32}
         for gradient, first, second in zip(gradients_there, *alone, strict=True):
             assert torch.equal(gradient, (first + second).bfloat16())
+
+
+def most_at_once(marked: bool) -> tuple[int, int]:
+    """How many messages a bf16 model's step sends, and for how many of them there is memory at the same time."""
+    large, replicas.LARGE_MIB = replicas.LARGE_MIB, 0.0
+    mesh = Mesh(Environment(device="cpu"), replicate=2)
+    model = Layers().bfloat16()
+    apply_fsdp(model, mesh)
+    at_once: list[int] = []
+    all_reduce = dist.all_reduce
+
+    def noted(tensor, *args, **kwargs):
+        at_once.append(sum(bucket.buffer is not None for bucket in fsdp._spread(model).replicas._buckets))
+        return all_reduce(tensor, *args, **kwargs)
+
+    dist.all_reduce = noted
+    try:
+        mark_microbatch(model, marked)
+        model(rows(mesh.data_rank, 0).bfloat16()).backward()
+        if not marked:
+            sum_replicas(model)
+    finally:
+        dist.all_reduce, replicas.LARGE_MIB = all_reduce, large
+    return len(at_once), max(at_once)
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_memory_for_sums_in_fp32_does_not_grow_with_the_model(two_ranks, marked):
+    assert two_ranks.run(most_at_once, marked) == [(8, replicas.IN_FP32_AT_ONCE)] * 2
