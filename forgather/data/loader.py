@@ -19,7 +19,7 @@ from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from forgather.data.batch import NO_TARGET, Batch
-from forgather.data.order import SampleOrder
+from forgather.data.order import ReservedOrder, SampleOrder
 from forgather.data.packing import PackedBlocks
 from forgather.errors import DataError, DistributedError
 
@@ -58,11 +58,27 @@ class Loader:
         self.workers = workers
         self.consumed = 0
         self._pin = pin
-        self._steps_at_once = max(1, _TOKENS_AT_ONCE // (self.rows * blocks.block_length))
+        # What is read must have been got before: no more of it, then, than the next steps need.
+        self._reserved = order if isinstance(order, ReservedOrder) else None
+        steps_at_once = max(1, _TOKENS_AT_ONCE // (self.rows * blocks.block_length))
+        self._steps_at_once = steps_at_once if self._reserved is None else 1
         self._read: _Read | None = None
         self._reads: Iterator[_Read] | None = None
         self._ahead: Future[_Read] | None = None
         self._thread: ThreadPoolExecutor | None = None
+
+    def has_rows(self, steps_left: int) -> bool:
+        """Whether the next step, of so many that are left, can be taken: not where its rows have yet to come.
+
+        Only an order in which others have a say, as a server that leases rows, lets anyone wait: half a second at most,
+        and then it is to be asked again. Collective.
+        """
+        if self._reserved is None:
+            return True
+        # The step, and what is read ahead: one more by a thread; two for each process, and one that is handed out.
+        num_reads = 2 * self.workers + 1 if self.workers else 2
+        stop = self.consumed + num_reads * self.rows_per_step
+        return self._reserved.reserve(self.consumed, stop, self.consumed + steps_left * self.rows_per_step)
 
     def take(self) -> list[Batch]:
         """This rank's microbatches of the next step."""

@@ -1,6 +1,6 @@
 """Which block is the n-th of a run: a function of n, so that any rank can ask for any sample at any time."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,14 @@ class SampleOrder(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class ReservedOrder(SampleOrder, Protocol):
+    """An order whose samples others decide on: they have to be got before they are asked for."""
+
+    def reserve(self, first: int, stop: int, end: int) -> bool:
+        """Whether samples first .. stop - 1 are there, in a run that ends at `end`. Collective; waits half a second."""
 
 
 class Permutation:
@@ -84,7 +92,9 @@ class Permutation:
         if state["order"] != self.describe():
             raise DataError(
                 f"the run was started with another order of data: {state['order']}; this one is {self.describe()}",
-                fix="set the seed and dataset back to what they were, or start a new run with --fresh",
+                fix="go on with the --diloco-server that leases its rows, or start a new run with --fresh"
+                if "leases" in state
+                else "set the seed and dataset back to what they were, or start a new run with --fresh",
             )
 
     def _permute(self, cells: NDArray[np.uint64], epoch: int) -> NDArray[np.int64]:

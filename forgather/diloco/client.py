@@ -10,7 +10,7 @@ import select
 import socket
 import ssl
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -30,6 +30,7 @@ from forgather.diloco.messages import (
     pack_header,
     parse_json,
 )
+from forgather.diloco.work_units import Lease, Question
 from forgather.errors import DistributedError
 
 CHUNK_BYTES = 1 << 20  # handed to the system at once; between two, an early answer is noticed
@@ -101,13 +102,23 @@ class Client:
 
     def heartbeat(self, heartbeat: Heartbeat) -> Beat:
         answer = self._ask("POST", f"/v1/workers/{self.worker}/heartbeat", heartbeat.to_json())
-        return Beat(int(answer["sync_every"]), answer.get("command"))
+        return Beat(int(answer["sync_every"]), answer.get("command"), int(answer.get("number", 0)))
 
-    def unit(self, sequence: int, rows: int, order: str) -> Mapping[str, int]:
-        """The `sequence`-th lease of this worker, of an order with `rows` an epoch (see `leased_order`)."""
-        question = {"worker": self.worker, "sequence": sequence, "rows": rows, "order": order}
-        answer = self._ask("POST", "/v1/units", question)
-        return {name: int(answer[name]) for name in ("unit", "start", "length", "epoch")}
+    def leases(self, question: Question) -> tuple[list[Lease], list[tuple[int, int]]]:
+        """The leases that a worker asks for, and which of the rows that it holds it has lost."""
+        answer = self._ask("POST", "/v1/units", question.to_json())
+        try:
+            leases = [Lease(int(first), int(stop) - int(first)) for first, stop in answer["leases"]]
+            return leases, [(int(first), int(stop)) for first, stop in answer["lost"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise DistributedError(
+                f"{self.address} answers a request for rows with {str(answer)[:80]}",
+                fix="install the same version of forgather on all machines",
+            ) from error
+
+    def save(self) -> None:
+        """Have the server save; return when it has."""
+        self._ask("POST", "/v1/control/save")
 
     def send(self, identity: Identity, contribution: Contribution, payload: memoryview) -> Accepted | Closed:
         """Bring one part of a contribution."""

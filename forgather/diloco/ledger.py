@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from forgather.diloco.consumed import require_leased
 from forgather.diloco.lease_journal import LeaseJournal
 from forgather.diloco.work_units import WorkUnits
 
@@ -40,12 +41,16 @@ class Ledger:
     def refuse(self, worker: str, consumed: Mapping[str, int]) -> None:
         self._tell(lambda: self._units.refuse(worker, consumed))
 
-    def check(self, consumed: Mapping[str, int]) -> None:
+    async def check(self, consumed: Mapping[str, int]) -> None:
         """ProtocolError unless these rows can be counted."""
-        self._units.check(consumed)  # it looks at the request alone
 
-    async def answer(self, request: Any) -> dict[str, int]:
-        """The lease that a worker asks for."""
+        def check() -> None:
+            require_leased(consumed, self._units.stop)
+
+        await asyncio.get_running_loop().run_in_executor(self._thread, check)
+
+    async def answer(self, request: Any) -> dict[str, list[list[int]]]:
+        """The leases that a worker asks for."""
         journal = self._journal
         assert journal is not None, "a server opens its ledger before it serves"
         return await asyncio.get_running_loop().run_in_executor(self._thread, journal.answer, request)

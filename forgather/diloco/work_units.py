@@ -1,29 +1,35 @@
 """Which worker trains which rows: the global order of samples, leased in units, and the ledger of what became of them.
 
 Row g of a run is row g % L of epoch g // L, L the rows of an epoch; a worker turns it into a block by the order that
-all workers have. An epoch is cut into K units: unit u begins at row u * L // K. A worker asks for its 0th, 1st, 2nd ...
-lease, and is told the same each time that it asks for the same one, so each rank of it may ask for itself, and a
-restarted one goes on with the rows that it had.
+all workers have. An epoch is cut into K units: unit u begins at row u * L // K. A lease is one unit or several that
+follow one another. A worker asks for its 0th, 1st, 2nd ... lease, and is told the same each time that it asks for the
+same one, so a lost answer does no harm, and a restarted worker goes on with the rows that it had.
 
 Each row is in one place: trained (a contribution that counted holds it), leased to one worker, taken back from one that
-is gone, or not leased yet. What was taken back is leased again before anything new. An evicted worker that comes back
-may have trained rows that another has as well; both count, and the ledger says `repeated`.
+is gone, or not leased yet. What was taken back is leased again before anything new. A worker that comes back is told
+which of the rows that it holds are others' by now; what it has trained of them counts too, and the ledger says
+`repeated`.
 
 Nothing here waits, writes or knows a network; `lease_journal` keeps the leases.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple, Self
 
 from forgather.diloco.messages import WORKER_NAME, ProtocolError
 from forgather.diloco.spans import Spans
 from forgather.errors import ConfigError
 
+# Leases of one worker that are remembered, and the most in one answer. A worker asks about once a round, so one that is
+# restarted from a checkpoint that is hundreds of rounds old gets new rows; those of these rounds have long counted.
+KEPT_LEASES = 256
+_MOST_HELD = 1 << 16  # ranges in a question
+
 
 @dataclass(frozen=True)
 class Lease:
-    """Rows first .. first + length - 1 of the run, all of one unit."""
+    """Rows first .. first + length - 1 of the run."""
 
     first: int
     length: int
@@ -31,6 +37,52 @@ class Lease:
     @property
     def stop(self) -> int:
         return self.first + self.length
+
+
+@dataclass(frozen=True)
+class Question:
+    """A worker asks for its leases from the `sequence`-th on, of so many rows together, or a few more.
+
+    `held` are ranges of rows that it has leased and not begun: it hears which of them are not its own any more.
+    """
+
+    worker: str
+    sequence: int
+    rows: int  # of an epoch
+    order: str  # which order they are rows of
+    at_least: int
+    held: Sequence[tuple[int, int]] = ()  # first row, and the one after the last
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Any) -> Self:
+        """ProtocolError where this is no such question."""
+        match value:
+            case {
+                "worker": str(worker),
+                "sequence": int(sequence),
+                "rows": int(rows),
+                "order": str(order),
+                "at_least": int(at_least),
+                "held": list(held),
+            } if WORKER_NAME.fullmatch(worker) and 0 <= sequence < 2**62 and 1 <= rows < 2**62:
+                if 0 <= at_least < 2**40 and len(held) <= _MOST_HELD and all(map(_is_range, held)):
+                    return cls(worker, sequence, rows, order, at_least, [(first, stop) for first, stop in held])
+        raise ProtocolError(
+            "a request for units says worker, sequence, rows (of an epoch), order, at_least (rows) and held (ranges)"
+        )
+
+
+class Answer(NamedTuple):
+    leases: list[Lease]
+    num_known: int  # of them, those at the beginning were given before
+    lost: list[tuple[int, int]]  # ranges of what the worker holds that are not its own
+
+    def to_json(self) -> dict[str, list[list[int]]]:
+        leases = [[lease.first, lease.stop] for lease in self.leases]
+        return {"leases": leases, "lost": [list(each) for each in self.lost]}
 
 
 class WorkUnits:
@@ -42,57 +94,45 @@ class WorkUnits:
         self.num_units = num_units
         self.rows: int | None = None  # of an epoch; what the first worker that asks says
         self.order: str | None = None  # which order the rows are of: the same on all workers
+        self.num_given = 0  # leases of all workers
         self.num_repeated = 0
-        self._next_unit = 0  # over the epochs
-        self._leases: dict[str, dict[int, Lease]] = {}
+        self._next_row = 0  # all before it are trained, leased or taken back
+        self._leases: dict[str, dict[int, Lease]] = {}  # the last of each worker
         self._open: dict[str, Spans] = {}  # leased to this worker, and not counted
         self._trained = Spans()
         self._returned = Spans()  # taken back, to be leased again
         self._vain: dict[str, Spans] = {}  # this worker had them, and its work on them has not counted
         self._num_vain = 0  # the same, of runs whose name another has now
-        self._runs: dict[str, list[str]] = {}  # of each worker, oldest first
+        self._runs: dict[str, str] = {}  # what `begin` was told last of each worker
 
-    def requested(self, request: Any) -> tuple[str, int]:
-        """Whose lease is asked for, and which; ProtocolError where this is no request for one."""
-        match request:
-            case {"worker": str(worker), "sequence": int(sequence), "rows": int(rows), "order": str()} if (
-                WORKER_NAME.fullmatch(worker) and 0 <= sequence < 2**62 and 1 <= rows < 2**62
-            ):
-                return worker, sequence
-        raise ProtocolError("a request for a unit says worker, sequence, rows (of an epoch) and order")
-
-    def answer(self, request: Any) -> dict[str, int]:
-        """The answer to a worker's request for a lease: the body of POST /v1/units."""
-        worker, sequence = self.requested(request)
-        return self.describe_lease(self.lease(worker, sequence, request["rows"], request["order"]))
-
-    def describe_lease(self, lease: Lease) -> dict[str, int]:
-        """A lease as a worker is told it: `start` is a row of the epoch, `unit` goes on over the epochs."""
-        assert self.rows is not None, "there is a lease"
-        epoch, start = divmod(lease.first, self.rows)
-        # The last unit that begins at this row or before: u * L // K <= start is u < (start + 1) * K / L.
-        unit = ((start + 1) * self.num_units - 1) // self.rows
-        return {"unit": epoch * self.num_units + unit, "start": start, "length": lease.length, "epoch": epoch}
-
-    def lease(self, worker: str, sequence: int, rows: int, order: str) -> Lease:
-        """The sequence-th lease of a worker. `rows` and `order` must be those of the first worker that asked."""
-        self._require_same(rows, order)
-        if self.has_leased(worker, sequence):
-            self._reclaim(worker, self.leased(worker, sequence))
-        else:
-            self._give(worker, sequence, self._next_lease())
-        return self.leased(worker, sequence)
-
-    def leased(self, worker: str, sequence: int) -> Lease:
-        """A lease that was given."""
-        return self._leases[worker][sequence]
+    def lease(self, question: Question) -> Answer:
+        """What a worker asks for. `rows` and `order` must be those of the first worker that asked."""
+        self._require_same(question.rows, question.order)
+        worker, sequence = question.worker, question.sequence
+        lost = self._lost(worker, question.held)
+        leases: list[Lease] = []
+        missing = question.at_least
+        while missing > 0 and (known := self._leases.get(worker, {}).get(sequence + len(leases))) is not None:
+            self._reclaim(worker, known)
+            leases.append(known)
+            missing -= known.length
+        num_known = len(leases)
+        if missing > 0:
+            self._abandon_from(worker, sequence + num_known)
+        while missing > 0 and len(leases) < KEPT_LEASES:
+            lease = self._next_lease(missing)
+            self._give(worker, sequence + len(leases), lease)
+            leases.append(lease)
+            missing -= lease.length
+        return Answer(leases, num_known, lost)
 
     def has_leased(self, worker: str, sequence: int) -> bool:
+        """Whether this lease was given, and is remembered."""
         return sequence in self._leases.get(worker, {})
 
     def run_of(self, worker: str) -> str:
         """What `begin` was told last of this worker."""
-        return self._runs.get(worker, [""])[-1]
+        return self._runs.get(worker, "")
 
     def begin(self, worker: str, run: str) -> None:
         """The worker has come: for the first time, back, or as another run (a name of its own) that has its name now.
@@ -107,23 +147,28 @@ class WorkUnits:
         self.release(worker)
         self._leases.pop(worker, None)
         self._num_vain += len(self._vain.pop(worker, Spans()))
-        self._runs.setdefault(worker, []).append(run)
+        self._runs[worker] = run
 
-    def restore(self, worker: str, run: str, sequence: int, lease: Lease, rows: int, order: str) -> None:
-        """Take up a lease that was given after this state was saved; one that is known already stays as it is."""
-        self._require_same(rows, order)
+    def restore(self, number: int, run: str, question: Question, lease: Lease) -> None:
+        """Take up the `number`-th lease of all, unless this state, which was saved once, has it already."""
+        if number <= self.num_given:
+            return
+        worker, sequence = question.worker, question.sequence
+        self._require_same(question.rows, question.order)
         if run != self.run_of(worker):
-            if run in self._runs.get(worker, []):
-                return  # that run is over
             self.begin(worker, run)
-        if not self.has_leased(worker, sequence):
-            self._give(worker, sequence, lease)
+        for other in list(self._open):
+            # Whoever had these rows when the state was saved had lost them when they were leased again.
+            self._take_back(other, lease.first, lease.stop)
+        self._abandon_from(worker, sequence)
+        self._give(worker, sequence, lease)
+        self.num_given = number
 
-    def check(self, consumed: Mapping[str, int]) -> None:
-        """ProtocolError unless a contribution's `consumed` can be counted: {first row of the run: rows}."""
-        for first, length in consumed.items():
-            if not (first.isascii() and first.isdigit() and len(first) < 20 and 1 <= length < 2**62):
-                raise ProtocolError("`consumed` of a contribution is not {first row: number of rows}", status=422)
+    @property
+    def stop(self) -> int:
+        """No row from here on was ever leased."""
+        ends = [spans.stop for spans in (self._trained, self._returned, *self._open.values())]
+        return max(self._next_row, *ends)
 
     def count(self, worker: str, consumed: Mapping[str, int]) -> None:
         """A contribution of this worker counted, and holds these rows."""
@@ -167,8 +212,9 @@ class WorkUnits:
             "num_units": self.num_units,
             "rows": self.rows,
             "order": self.order,
+            "num_given": self.num_given,
             "num_repeated": self.num_repeated,
-            "next_unit": self._next_unit,
+            "next_row": self._next_row,
             "leases": {
                 worker: [[sequence, lease.first, lease.length] for sequence, lease in leases.items()]
                 for worker, leases in self._leases.items()
@@ -178,7 +224,7 @@ class WorkUnits:
             "returned": self._returned.to_json(),
             "vain": {worker: spans.to_json() for worker, spans in self._vain.items()},
             "num_vain": self._num_vain,
-            "runs": {worker: list(runs) for worker, runs in self._runs.items()},
+            "runs": dict(self._runs),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -189,7 +235,8 @@ class WorkUnits:
                 fix=f"keep --work-units {state['num_units']}; it cannot change within a run",
             )
         self.rows, self.order = state["rows"], state["order"]
-        self.num_repeated, self._next_unit = state["num_repeated"], state["next_unit"]
+        self.num_given, self.num_repeated = state["num_given"], state["num_repeated"]
+        self._next_row = state["next_row"]
         self._leases = {
             worker: {sequence: Lease(first, length) for sequence, first, length in leases}
             for worker, leases in state["leases"].items()
@@ -199,7 +246,7 @@ class WorkUnits:
         self._returned = Spans.from_json(state["returned"])
         self._vain = {worker: Spans.from_json(spans) for worker, spans in state["vain"].items()}
         self._num_vain = state["num_vain"]
-        self._runs = {worker: list(runs) for worker, runs in state["runs"].items()}
+        self._runs = dict(state["runs"])
 
     def _require_same(self, rows: int, order: str) -> None:
         if self.rows is None or self.order is None:
@@ -209,20 +256,39 @@ class WorkUnits:
                 f"the units are of {self.order} with {self.rows:,} rows an epoch; "
                 f"this worker has {order} with {rows:,} rows",
                 status=422,
-                fix="give all workers the same dataset, block_length and seed, or start the server with --work-units 0",
+                fix="give all workers the same dataset, block_length and --seed; or this one --diloco-leased false, "
+                "and it takes its rows in an order of its own",
             )
 
-    def _next_lease(self) -> Lease:
-        """What is leased next: the lowest rows that were taken back, otherwise the next unit's."""
+    def _lost(self, worker: str, held: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        lost = Spans(held)
+        for first, stop in held:
+            self._reclaim(worker, Lease(first, stop - first))
+            for left, right in list(self._open.get(worker, Spans()).within(first, stop)):
+                lost.remove(left, right)
+        return list(lost)
+
+    def _abandon_from(self, worker: str, sequence: int) -> None:
+        """A worker that asks for this lease anew, as from an old checkpoint, has left the future of later ones."""
+        leases = self._leases.get(worker, {})
+        for later in [number for number in leases if number >= sequence]:
+            lease = leases.pop(later)
+            self._take_back(worker, lease.first, lease.stop)
+
+    def _next_lease(self, at_least: int) -> Lease:
+        """What is leased next: the lowest rows that were taken back, otherwise units that nobody had.
+
+        It has `at_least` rows, to the end of a unit, or as many as follow one another.
+        """
         for first, stop in self._returned:
-            return self._within_unit(first, stop)
+            return Lease(first, min(stop, self._end_of_unit(first + at_least - 1)) - first)
         while True:
-            first, stop = self._bounds(self._next_unit)
+            first, stop = self._next_row, self._end_of_unit(self._next_row + at_least - 1)
             # A server that came back from an older state may have counted rows of units that it has not leased since.
             free = self._taken(first, stop).first_outside(first, stop)
+            self._next_row = stop if free is None else free[1]
             if free is not None:
                 return Lease(free[0], free[1] - free[0])
-            self._next_unit += 1
 
     def _taken(self, first: int, stop: int) -> Spans:
         """Which of these rows are trained, leased, or lie ready to be leased again."""
@@ -232,24 +298,20 @@ class WorkUnits:
                 taken.add(left, right)
         return taken
 
-    def _within_unit(self, first: int, stop: int) -> Lease:
-        """The part of these rows that is in the unit of the first."""
-        assert self.rows is not None, "rows were leased"
-        epoch, start = divmod(first, self.rows)
-        unit = ((start + 1) * self.num_units - 1) // self.rows
-        return Lease(first, min(stop, self._bounds(epoch * self.num_units + unit)[1]) - first)
-
-    def _bounds(self, unit: int) -> tuple[int, int]:
+    def _end_of_unit(self, row: int) -> int:
+        """Where the unit of this row ends."""
         assert self.rows is not None, "a worker has said how many rows there are"
-        epoch, number = divmod(unit, self.num_units)
-        begin = epoch * self.rows
-        return (
-            begin + number * self.rows // self.num_units,
-            begin + (number + 1) * self.rows // self.num_units,
-        )
+        epoch, start = divmod(row, self.rows)
+        # The last unit that begins at this row or before: u * L // K <= start is u < (start + 1) * K / L.
+        unit = ((start + 1) * self.num_units - 1) // self.rows
+        return epoch * self.rows + (unit + 1) * self.rows // self.num_units
 
     def _give(self, worker: str, sequence: int, lease: Lease) -> None:
-        self._leases.setdefault(worker, {})[sequence] = lease
+        leases = self._leases.setdefault(worker, {})
+        leases[sequence] = lease
+        while len(leases) > KEPT_LEASES:
+            del leases[min(leases)]
+        self.num_given += 1
         self._returned.remove(lease.first, lease.stop)
         self._open.setdefault(worker, Spans()).add(lease.first, lease.stop)
 
@@ -269,6 +331,13 @@ class WorkUnits:
                 self._returned.remove(first, stop)
                 self._vain[worker].remove(first, stop)
                 self._open[worker].add(first, stop)
+
+
+def _is_range(value: Any) -> bool:
+    match value:
+        case [int(first), int(stop)]:
+            return 0 <= first < stop < 2**62
+    return False
 
 
 def _ranges(consumed: Mapping[str, int]) -> list[tuple[int, int]]:

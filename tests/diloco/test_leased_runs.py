@@ -1,0 +1,164 @@
+"""Whole runs on leased rows: those of the plain run, stopped while they wait, and nothing leased by a dry run."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from forgather import Project
+from forgather.diloco.messages import ProtocolError
+from forgather.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_RESUMABLE, DataError
+from forgather.trainers.worker import run_worker
+from tests.diloco.running_server import RunningServer
+from tests.diloco.test_training import server_of, weights_of
+from tests.diloco.test_worker import wait_for
+from tests.trainers.test_worker import folder  # noqa: F401  a fixture
+
+QUIET = {"log_every": None, "eval_every": None, "sample_every": None}
+
+
+@contextmanager
+def without_rows(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The server is too busy to lease rows; what was asked is in the list."""
+    asked: list[str] = []
+
+    async def unit(request: Any, key: str) -> Any:
+        asked.append(request["worker"])
+        raise ProtocolError("busy", status=503)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(server.coordinator, "unit", unit)
+        yield asked
+
+
+@contextmanager
+def running(project: Project) -> Iterator[list[int]]:
+    """A run in a thread; its exit code is in the list when it has ended."""
+    ended: list[int] = []
+    run = threading.Thread(target=lambda: ended.append(run_worker(project)))
+    run.start()
+    try:
+        yield ended
+    finally:
+        run.join(30)
+        assert not run.is_alive()
+
+
+def same_weights(folder: Path, one: str, other: str, step: int) -> bool:  # noqa: F811
+    left, right = (weights_of(folder, name, step) for name in (one, other))
+    return all(torch.equal(left[name], value) for name, value in right.items())
+
+
+def test_a_run_that_waits_for_its_first_rows_is_stopped_and_goes_on(folder, tmp_path, monkeypatch):  # noqa: F811
+    with server_of(folder, tmp_path, monkeypatch) as (server, arguments):
+        project = Project(folder, args=arguments)
+        told = threading.Event()
+        with monkeypatch.context() as patch, without_rows(server, monkeypatch) as asked:
+            patch.setattr("forgather.trainers.control.Control._wishes", wishes_to_stop(told))
+            with running(project) as ended:
+                wait_for(lambda: bool(asked), 30)
+                assert not ended
+                told.set()
+            assert ended == [EXIT_RESUMABLE]
+            wait_for(lambda: server.status()["workers"]["alpha"]["state"] == "left")
+            num_asked = len(asked)
+        assert run_worker(project) == EXIT_OK
+        assert len(asked) == num_asked  # nobody went on asking
+        assert run_worker(Project(folder, args={"run_name": f"alone {tmp_path.name}"})) == EXIT_OK
+        assert same_weights(folder, f"alone {tmp_path.name}", arguments["run_name"], 4)
+        ledger = server.status()["ledger"]
+        assert ledger["trained"] == 16
+
+
+def wishes_to_stop(told: threading.Event) -> Any:
+    from forgather.trainers.commands import Command
+
+    return lambda self: {Command.STOP} if told.is_set() else set()
+
+
+@pytest.mark.parametrize(("command", "code"), [("stop", EXIT_RESUMABLE), ("abort", EXIT_INTERRUPTED)])
+def test_the_server_ends_a_run_that_has_no_rows_any_more(folder, tmp_path, monkeypatch, command, code):  # noqa: F811
+    with server_of(folder, tmp_path, monkeypatch, heartbeat_s=0.02) as (server, arguments):
+        project = Project(folder, args=arguments | QUIET | {"steps": 100_000})
+        run = folder / "runs" / arguments["run_name"]
+        with running(project) as ended:
+            wait_for(lambda: server.status()["versions"][0] > 0, 30)
+            with without_rows(server, monkeypatch) as asked:
+                wait_for(lambda: len(asked) > 3, 30)
+                steps = wait_until_it_stands(server)
+                assert not ended
+                server.call(lambda: server.coordinator.command(None, command))
+                wait_for(lambda: bool(ended), 30)
+        assert ended == [code]
+        saved = [int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*")]
+        assert saved == ([steps] if command == "stop" else [])
+        assert server.status()["workers"]["alpha"]["state"] == "left"
+        assert server.status()["ledger"]["leased"] == 0  # others may have what it did not train
+
+
+def wait_until_it_stands(server: RunningServer) -> int:
+    """The step at which the run waits for rows."""
+    seen: list[int] = []
+
+    def stands() -> bool:
+        seen.append(server.status()["workers"]["alpha"]["steps"])
+        return len(seen) > 30 and len(set(seen[-30:])) == 1
+
+    wait_for(stands, 30)
+    return seen[-1]
+
+
+def test_a_run_goes_on_when_rows_come_again(folder, tmp_path, monkeypatch):  # noqa: F811
+    with server_of(folder, tmp_path, monkeypatch, heartbeat_s=0.02) as (server, arguments):
+        with running(Project(folder, args=arguments | QUIET | {"steps": 60})) as ended:
+            with without_rows(server, monkeypatch) as asked:
+                wait_for(lambda: len(asked) > 1, 30)
+            wait_for(lambda: bool(ended), 30)
+        assert ended == [EXIT_OK]
+        assert run_worker(Project(folder, args=QUIET | {"steps": 60, "run_name": f"alone {tmp_path.name}"})) == EXIT_OK
+        assert same_weights(folder, f"alone {tmp_path.name}", arguments["run_name"], 60)
+        assert server.status()["ledger"] | {"trained": 240, "repeated": 0} == server.status()["ledger"]
+
+
+def test_a_dry_run_leases_nothing(folder, tmp_path, monkeypatch, capsys):  # noqa: F811
+    with server_of(folder, tmp_path, monkeypatch) as (server, arguments):
+        assert run_worker(Project(folder, args=arguments), dry_run=True) == EXIT_OK
+        assert "dry run: the next batch has loss" in capsys.readouterr().out
+        assert server.status()["workers"] == {}
+        assert server.status()["ledger"]["rows"] is None
+        # Also one of a run that goes on.
+        assert run_worker(Project(folder, args=arguments)) == EXIT_OK
+        leased = server.status()["ledger"]
+        assert run_worker(Project(folder, args=arguments | {"steps": 400}), dry_run=True) == EXIT_OK
+        assert server.status()["ledger"] == leased
+
+
+def test_a_run_that_began_with_leases_or_without_says_how_it_goes_on(folder, tmp_path, monkeypatch):  # noqa: F811
+    with server_of(folder, tmp_path, monkeypatch) as (_, arguments):
+        assert run_worker(Project(folder, args=arguments)) == EXIT_OK
+        alone = arguments | {"diloco_server": None, "steps": 6}
+        with pytest.raises(DataError, match="another order") as caught:
+            run_worker(Project(folder, args=alone))
+        assert "--diloco-server" in caught.value.fix
+        began_alone = {"run_name": f"began alone {tmp_path.name}"}
+        assert run_worker(Project(folder, args=began_alone)) == EXIT_OK
+        with pytest.raises(DataError, match="another order") as caught:
+            run_worker(Project(folder, args=arguments | began_alone | {"steps": 6}))
+        assert "--diloco-leased false" in caught.value.fix
+        leased = arguments | began_alone | {"steps": 6, "diloco_leased": False, "diloco_worker": "beta"}
+        assert run_worker(Project(folder, args=leased)) == EXIT_OK
+
+
+def test_two_workers_of_one_seed_train_no_row_twice(folder, tmp_path, monkeypatch):  # noqa: F811
+    with server_of(folder, tmp_path, monkeypatch) as (server, arguments):
+        server.call(lambda: server.coordinator.set(num_workers=2))
+        other = arguments | {"run_name": f"beta of {tmp_path.name}", "diloco_worker": "beta"}
+        with running(Project(folder, args=arguments)) as ended, running(Project(folder, args=other)) as too:
+            pass
+        assert ended == too == [EXIT_OK]
+        ledger = server.status()["ledger"]
+        assert ledger | {"trained": 32, "repeated": 0} == ledger
