@@ -3,12 +3,14 @@
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
+from forgather.checkpoint import storage
 from forgather.checkpoint.commit import merge
 from forgather.checkpoint.layout import read_layout, write_layout
 from forgather.checkpoint.part import read_part, write_part
@@ -90,7 +92,8 @@ def laid_out(state: dict[str, torch.Tensor], placements: list[Placement]) -> dic
     return {name: distribute_tensor(tensor, mesh, placements) for name, tensor in state.items()}
 
 
-def save_and_load_everywhere(folder: str) -> None:
+def save_and_load_everywhere(folder: str, staged: int) -> None:
+    storage.STAGED = staged
     whole = tensors()
     for number, placements in enumerate(PLACEMENTS):
         place = Path(folder) / str(number)
@@ -107,6 +110,44 @@ def save_and_load_everywhere(folder: str) -> None:
                 assert torch.equal(tensor.full_tensor(), whole[name]), (name, placements, others)
 
 
-def test_any_mesh_loads_what_any_mesh_saved(tmp_path: Path, four_ranks: RankPool) -> None:
-    """Rows, columns and both, over two dimensions of a mesh; what is replicated is stored once."""
-    four_ranks.run(save_and_load_everywhere, str(tmp_path))
+@pytest.mark.parametrize("staged", [storage.STAGED, 50, 8])
+def test_any_mesh_loads_what_any_mesh_saved(tmp_path: Path, four_ranks: RankPool, staged: int) -> None:
+    """Rows, columns and both, over two dimensions of a mesh; what is replicated is stored once.
+
+    What does not belong into a target as it is stored goes there in pieces: here all at once, by rows and by elements.
+    """
+    four_ranks.run(save_and_load_everywhere, str(tmp_path), staged)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_load_needs_no_memory_of_the_size_of_a_matrix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    stored = torch.arange(64 * 1000.0).view(64, 1000)
+    write(tmp_path, {"a": stored})
+    wide = torch.zeros(64, 2000, dtype=dtype)
+    taken: list[int] = []
+    empty = torch.empty
+
+    def noted(*args: Any, **options: Any) -> torch.Tensor:
+        made = empty(*args, **options)
+        taken.append(made.nbytes)
+        return made
+
+    monkeypatch.setattr(storage, "STAGED", 3000)
+    monkeypatch.setattr(torch, "empty", noted)
+    read(tmp_path, {"a": wide[:, ::2]})
+    monkeypatch.undo()
+    assert torch.equal(wide[:, ::2], stored.to(dtype))
+    assert 0 < sum(taken) <= 2 * 3000
+
+
+def test_what_goes_through_in_pieces_is_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, {"a": torch.arange(40.0).view(4, 10)})
+    file = tmp_path / "rank-00000.bin"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    monkeypatch.setattr(storage, "STAGED", 16)
+    with pytest.raises(storage.DamagedFileError, match="was altered where a is stored"):
+        read(tmp_path, {"a": torch.zeros(4, 20)[:, ::2]})
