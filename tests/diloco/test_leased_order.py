@@ -346,8 +346,11 @@ class Blocks:
 
     block_length = 4
 
+    def __init__(self, number: int = ROWS) -> None:
+        self.number = number
+
     def __len__(self) -> int:
-        return ROWS
+        return self.number
 
     def gather(self, indices):
         rows = np.repeat(np.asarray(indices)[:, None], self.block_length, axis=1)

@@ -10,12 +10,22 @@ import pytest
 import torch
 
 from forgather import Project
+from forgather.data.loader import Loader
+from forgather.data.order import Permutation
+from forgather.diloco.address import ServerAddress
+from forgather.diloco.lease_desk import LeaseDesk
+from forgather.diloco.leased_order import LeasedOrder
 from forgather.diloco.messages import ProtocolError
+from forgather.diloco.worker import DiLoCo
+from forgather.distributed.collectives import max_ranks, rank, world_size
 from forgather.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_RESUMABLE, DataError
 from forgather.trainers.worker import run_worker
-from tests.diloco.running_server import RunningServer
+from tests.diloco.loops import address_of, sgd, small_model, train, values_of
+from tests.diloco.running_server import RunningServer, running_server, settings_of
+from tests.diloco.test_leased_order import Blocks
 from tests.diloco.test_training import server_of, weights_of
 from tests.diloco.test_worker import wait_for
+from tests.ranks import RankPool
 from tests.trainers.test_worker import folder  # noqa: F401  a fixture
 
 QUIET = {"log_every": None, "eval_every": None, "sample_every": None}
@@ -91,7 +101,7 @@ def test_the_server_ends_a_run_that_has_no_rows_any_more(folder, tmp_path, monke
                 wait_for(lambda: len(asked) > 3, 30)
                 steps = wait_until_it_stands(server)
                 assert not ended
-                server.call(lambda: server.coordinator.command(None, command))
+                server.call(lambda: server.coordinator.controls.command(None, command))
                 wait_for(lambda: bool(ended), 30)
         assert ended == [code]
         saved = [int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*")]
@@ -155,10 +165,69 @@ def test_a_run_that_began_with_leases_or_without_says_how_it_goes_on(folder, tmp
 
 def test_two_workers_of_one_seed_train_no_row_twice(folder, tmp_path, monkeypatch):  # noqa: F811
     with server_of(folder, tmp_path, monkeypatch) as (server, arguments):
-        server.call(lambda: server.coordinator.set(num_workers=2))
+        server.call(lambda: server.coordinator.controls.set(num_workers=2))
         other = arguments | {"run_name": f"beta of {tmp_path.name}", "diloco_worker": "beta"}
         with running(Project(folder, args=arguments)) as ended, running(Project(folder, args=other)) as too:
             pass
         assert ended == too == [EXIT_OK]
         ledger = server.status()["ledger"]
         assert ledger | {"trained": 32, "repeated": 0} == ledger
+
+
+# Two ranks, which ask as one.
+
+
+def steps_on_leased_rows(address: ServerAddress, asked_to_stop: str) -> tuple[bool, int, list[int]]:
+    """Eight steps of one worker; whether it was stopped, how often it waited, and this rank's rows."""
+    model = small_model()
+    optimizer = sgd(model)
+    desk = LeaseDesk(is_open=True)
+    order = LeasedOrder(Permutation(40, 3), desk, rows_per_step=4)
+    data = Loader(Blocks(40), order, rows_per_step=4, rows_per_forward=4, data_rank=rank(), data_ranks=world_size())
+    waits, rows = 0, []
+    worker = DiLoCo(
+        model, optimizer, address, "w", leases=desk, num_rows=lambda: data.consumed, consumed=order.consumed
+    )
+    with worker:
+        for number in range(8):
+            while not data.has_rows(8 - number):
+                waits += 1
+                if max_ranks(int(rank() == 1 and Path(asked_to_stop).exists())):  # a signal that one rank has got
+                    data.close()
+                    return True, waits, rows
+            rows += [int(row) for each in data.take() for row in each.input_ids[:, 0]]
+            train(model, [number], optimizer)
+    data.close()
+    return False, waits, rows
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_ranks_wait_together_for_rows_and_are_stopped_together(two_ranks, tmp_path, monkeypatch, is_stopped):
+    values = values_of(small_model())
+    with running_server(tmp_path / "server", values, settings_of(values, sync_every=2, work_units=20)) as server:
+        leases, asked = server.coordinator.unit, 0
+
+        async def unit(request: Any, key: str) -> Any:
+            nonlocal asked
+            asked += 1
+            if asked > 4 and is_stopped:
+                (tmp_path / "stop").touch()
+            if asked <= 4 or is_stopped:
+                raise ProtocolError("busy", status=503)
+            return await leases(request, key)
+
+        monkeypatch.setattr(server.coordinator, "unit", unit)
+        first, second = two_ranks.run(steps_on_leased_rows, address_of(server), str(tmp_path / "stop"))
+        assert first[:2] == second[:2]
+        assert first[0] is is_stopped
+        assert first[1] > 0
+        if not is_stopped:
+            rows = [row for at in range(0, 16, 2) for each in (first, second) for row in each[2][at : at + 2]]
+            assert rows == Permutation(40, 3).samples(0, 32).tolist()
+            assert server.status()["ledger"] | {"trained": 32, "repeated": 0} == server.status()["ledger"]
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator[RankPool]:
+    with RankPool(2) as pool:
+        yield pool
