@@ -159,6 +159,9 @@ def _check_flags(options: Options) -> None:
         (("--outer", options.outer is not None), ("--delayed-nesterov", options.delayed_nesterov is not None)),
         (("--delayed-nesterov", options.delayed_nesterov is not None), ("--no-nesterov", options.no_nesterov)),
         (("--async", options.asynchronous), ("--round-timeout", bool(options.round_timeout))),
+        # A round of one has no quorum, and no median that a norm could be judged by.
+        (("--async", options.asynchronous), ("--min-workers", options.min_workers > 1)),
+        (("--async", options.asynchronous), ("--norm-guard", options.norm_guard != "off")),
     ):
         if one[1] and other[1]:
             raise UsageError(f"{one[0]} and {other[0]} exclude each other", fix=f"leave out {other[0]}")

@@ -23,7 +23,7 @@ from typing import Any, Self
 from aiohttp import web
 
 from forgather.diloco.coordinator import Coordinator
-from forgather.diloco.fragment_values import ChangedError
+from forgather.diloco.downloads import ChangedError
 from forgather.diloco.messages import (
     MAX_HEADER_BYTES,
     Closed,
@@ -207,7 +207,7 @@ async def _contribute(request: web.Request) -> web.Response:
     member = coordinator.members.require(identity.worker, _key(request))
     blocks = _Blocks(request)
     header = Contribution.from_json(parse_json(await blocks.header()))
-    coordinator.check(header)
+    await coordinator.check(header)
     plan = coordinator.intake.plan(identity, header)
     if blocks.remaining is None or blocks.remaining != plan.num_bytes:
         raise ProtocolError(
@@ -246,17 +246,20 @@ async def _values(request: web.Request) -> web.StreamResponse:
     idle_s, _ = request.app[_TIMES]
     await response.prepare(request)
     try:
-        for block in answer.blocks():
-            async with asyncio.timeout(idle_s):
-                await response.write(block)
-            coordinator.bytes_down += len(block)
-            if member is not None:
-                member.bytes_down += len(block)
+        with answer.values.downloads.sending(worker or "", answer.slices, is_change=answer.ranges is not None):
+            for block in answer.blocks():
+                async with asyncio.timeout(idle_s):
+                    await response.write(block)
+                coordinator.bytes_down += len(block)
+                if member is not None:
+                    member.bytes_down += len(block)
     except (ChangedError, TimeoutError):
         # Its length is told already: an answer that is too short is one to ask for again.
         if request.transport is not None:
             request.transport.abort()
         return response
+    finally:
+        await coordinator.tell()  # a version may be waiting for it
     await response.write_eof()
     return response
 
@@ -276,26 +279,27 @@ async def _status(request: web.Request) -> web.Response:
 
 async def _control(request: web.Request) -> web.Response:
     coordinator = request.app[COORDINATOR]
+    controls = coordinator.controls
     action = request.match_info["action"]
     arguments = await _json(request) if request.can_read_body else {}
     if not isinstance(arguments, dict):
         raise ProtocolError("the arguments of a control are a JSON object")
     match action, arguments:
         case "save", {}:
-            return web.json_response({"step": await coordinator.save()})
+            return web.json_response({"step": await controls.save()})
         case "drain", {}:
-            coordinator.drain()
+            controls.drain()
         case "shutdown", {}:
             coordinator.shutdown()
         case "kick", {"worker": str(worker)}:
-            coordinator.kick(worker)
+            controls.kick(worker)
         case "set", {}:
-            return web.json_response(coordinator.set(**arguments))
+            return web.json_response(controls.set(**arguments))
         case "command", {"command": str(command)}:
             one = arguments.get("worker")
             if one is not None and not isinstance(one, str):
                 raise ProtocolError("`worker` is a name, or null for all")
-            return web.json_response({"workers": coordinator.command(one, command)})
+            return web.json_response({"workers": controls.command(one, command)})
         case (("kick" | "command"), _):
             raise ProtocolError(f"{action} lacks an argument", fix='{"worker": NAME} for kick, {"command": ...}')
         case _:

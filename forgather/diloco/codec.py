@@ -24,6 +24,7 @@ All is done in pieces that stay in a core's cache, in memory that is taken once 
 
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from difflib import get_close_matches
 from itertools import repeat
 
@@ -93,10 +94,18 @@ class Codec(ABC):
         assert start % BLOCK == 0, "a part begins with a block"
         assert stop % BLOCK == 0 or stop == numel, "a part ends with a block or with the run"
         at = 0
+        for part in self.parts(encoded, numel, start, stop):
+            out[at : at + part.numel()].copy_(part)
+            at += part.numel()
+
+    def parts(self, encoded: Tensor, numel: int, start: int, stop: int) -> Iterator[Tensor]:
+        """What `cut` writes, as views of the encoded run, and at the end the zeros that fill it up."""
+        missing = self.encoded_bytes(stop - start)
         for begin, end in self._sections(numel, start, stop):
-            out[at : at + end - begin].copy_(encoded[begin:end])
-            at += end - begin
-        out[at:].zero_()
+            yield encoded[begin:end]
+            missing -= end - begin
+        if missing:
+            yield torch.zeros(missing, dtype=torch.uint8)
 
     @abstractmethod
     def _encode(self, values: Tensor, out: Tensor, residual: Tensor | None) -> None: ...

@@ -7,42 +7,38 @@ some, outer steps and saving in one, one after the other. So heartbeats and stat
     intake                                      contributions, until their round closes
     publisher                                   outer steps, versions, what is on the disk
     answer                                      values, waited for
-    save drain kick shutdown set command        what an operator may do
+    controls                                    what an operator may do
 """
 
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
-import torch
-import xxhash
 from torch import Tensor
 
 from forgather.checkpoint.keep import Keep
 from forgather.checkpoint.run_folder import RunFolder
-from forgather.checkpoint.storage import raw_bytes
 from forgather.diloco.combine import Guard
-from forgather.diloco.contribution import Held
-from forgather.diloco.fragment_values import Answer, FragmentValues
+from forgather.diloco.controls import Controls
+from forgather.diloco.first_values import fragments_of, spool_budget
+from forgather.diloco.fragment_values import Answer
 from forgather.diloco.intake import Intake
 from forgather.diloco.ledger import Ledger
 from forgather.diloco.members import Member, Members
 from forgather.diloco.messages import (
     Beat,
-    Command,
     Contribution,
     Heartbeat,
     ProtocolError,
     Register,
     Registered,
     Settings,
-    Version,
     WantValues,
 )
 from forgather.diloco.outer import staleness_weight
@@ -50,7 +46,7 @@ from forgather.diloco.publisher import OuterOptimizer, Publisher, StoppingError
 from forgather.diloco.rounds import Rounds
 from forgather.diloco.server_status import server_status
 from forgather.diloco.spool import Spool
-from forgather.errors import CheckpointError, ConfigError
+from forgather.errors import CheckpointError
 
 _TICK_S = 0.25
 _MUST_AGREE = ("package", "tokenizer", "data")
@@ -85,7 +81,7 @@ class Coordinator:
         clock: Callable[[], float] = time.monotonic,
         staleness: Callable[[int], float] = staleness_weight,
     ) -> None:
-        _require_parameters(values, settings)
+        self.fragments = fragments_of(values, settings)
         outer.require_parameters(settings.parameters)
         self.settings = settings
         self.outer = outer
@@ -98,7 +94,6 @@ class Coordinator:
         self.bytes_up = 0
         self.bytes_down = 0
         self.ledger = Ledger(settings.work_units) if settings.work_units else None
-        self.fragments = [_fragment(values, names, settings.download) for names in settings.fragments]
         self.members = Members(settings.lease_s, clock)
         self.rounds = Rounds(
             [fragment.version for fragment in self.fragments],
@@ -108,6 +103,7 @@ class Coordinator:
             min_workers=min_workers,
             round_timeout_s=round_timeout_s,
             mode=settings.mode,
+            say=run.say,
         )
         self._clock = clock
         self._changed = asyncio.Condition()
@@ -116,7 +112,7 @@ class Coordinator:
         self._threads = ThreadPoolExecutor(3, thread_name_prefix="check")
         folder = run.dir / "spool"
         folder.mkdir(exist_ok=True)
-        budget = _spool_budget(self.fragments) if spool_bytes is None else spool_bytes
+        budget = spool_budget(self.fragments, outer.num_states) if spool_bytes is None else spool_bytes
         self.spool = Spool(folder, budget, self._threads.submit)
         self.intake = Intake(settings, self.fragments, self.rounds, self.spool, self._threads, self.until)
         if package is not None:
@@ -136,16 +132,18 @@ class Coordinator:
             constants=constants or {},
             document=self._document,
             accept_document=self._accept_document,
-            tell=self._tell,
+            tell=self.tell,
+            until=self.until,
             stopped=self.stopped,
         )
+        self.controls = Controls(self)
         self.publisher.load()
 
     # --- who is there
 
     def register(self, request: Register) -> Registered:
         """Take a worker in. ProtocolError where its data or model are others', or its name is a live worker's."""
-        if self.draining:
+        if self.draining and not self.members.is_expected_back(request):
             raise ProtocolError("the server takes no new workers: it is being shut down", status=503)
         self._require_same(request)
         before = self.members.get(request.worker)
@@ -156,6 +154,8 @@ class Coordinator:
             self.rounds.renamed(request.worker, retired)
             self.intake.renamed(request.worker, retired)
         self.rounds.came(request.worker)
+        if self.draining:
+            self.members.tell(member, "drain")  # it was away when the others were told
         if self.ledger is not None:
             self.ledger.begin(request.worker, member.key_digest)
         if outcome != "again":
@@ -169,10 +169,9 @@ class Coordinator:
 
     def leave(self, worker: str, key: str) -> None:
         """A worker has done what it wanted to do; what is complete of it counts."""
-        self.members.require(worker, key)
-        self.members.remove(worker, "left")
-        self.rounds.left(worker)
-        self._gone(worker, "has left")
+        if self.members.leave(worker, key):
+            self.rounds.left(worker)
+            self.gone(worker, "has left")
 
     def sync_every(self, member: Member) -> int:
         """How many inner steps this worker makes to an exchange, by its speed where settings say so."""
@@ -185,7 +184,8 @@ class Coordinator:
             return min(most, max(least, int(speed / fastest * most)))
         return most
 
-    def _gone(self, worker: str, how: str) -> None:
+    def gone(self, worker: str, how: str) -> None:
+        """Nobody is to wait for this worker."""
         self.run.say(f"worker {worker} {how}")
         if self.ledger is not None:
             self.ledger.release(worker)
@@ -206,10 +206,10 @@ class Coordinator:
 
     # --- contributions and values
 
-    def check(self, header: Contribution) -> None:
+    async def check(self, header: Contribution) -> None:
         """ProtocolError unless what a contribution says of work units can be counted."""
         if self.ledger is not None:
-            self.ledger.check(header.consumed)
+            await self.ledger.check(header.consumed)
 
     async def answer(self, fragment: int, want: WantValues, worker: str | None = None) -> Answer | None:
         """What to send to `worker` for `want`, once there is such a version; None when there was none for `wait_s`."""
@@ -260,7 +260,7 @@ class Coordinator:
     async def __aexit__(self, *exception: object) -> None:
         """Let the outer step that is under way end, save what is not saved, and give back what was taken."""
         self.shutdown()
-        await self._tell()
+        await self.tell()
         try:
             try:
                 await asyncio.gather(*self._tasks)
@@ -276,7 +276,8 @@ class Coordinator:
         """Look whether a round is to be closed."""
         self._woken.set()
 
-    async def _tell(self) -> None:
+    async def tell(self) -> None:
+        """Something has happened: whoever waits is to look whether it was that."""
         async with self._changed:
             self._changed.notify_all()
 
@@ -284,13 +285,13 @@ class Coordinator:
         """Notice who is dead, deadlines, and when all have left."""
         while not self.stopped.is_set():
             for worker in self.members.expire():
-                self._gone(worker, "is dead: no heartbeat")  # it is still expected, should it be back in time
+                self.gone(worker, "is dead: no heartbeat")  # it is still expected, should it be back in time
             deadline = self.rounds.next_deadline()
-            if deadline is not None and self._clock() >= deadline:
+            if self.rounds.is_made_again or (deadline is not None and self._clock() >= deadline):
                 self.wake()
-            if self.draining and not self.members.live():
+            if self.draining and not self.members.live() and not self.rounds.has_work:
                 self.shutdown()
-                await self._tell()
+                await self.tell()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self.stopped.wait(), _TICK_S)
 
@@ -299,9 +300,10 @@ class Coordinator:
             await self._woken.wait()
             self._woken.clear()
             for fragment in range(len(self.fragments)):
-                while not self.stopped.is_set() and (contributors := self.rounds.due(fragment)):
+                is_closed = True
+                while is_closed and not self.stopped.is_set():
                     try:
-                        await self.publisher.close_round(fragment, contributors)
+                        is_closed = await self.publisher.close_round(fragment)
                     except StoppingError:
                         return
                     except Exception as error:
@@ -310,7 +312,7 @@ class Coordinator:
                         self.shutdown()
                         raise
                     finally:
-                        await self._tell()
+                        await self.tell()
 
     def _document(self) -> dict[str, Any]:
         """The state that is no tensor."""
@@ -320,6 +322,7 @@ class Coordinator:
             "mode": self.settings.mode,
             "members": self.members.state_dict(),
             "rounds": self.rounds.state_dict(),
+            "outer": self.publisher.rates.state_dict(),
             "history": list(self.publisher.history),
             "said": {name: getattr(self.settings, name) for name in _MUST_AGREE},
         }
@@ -336,65 +339,20 @@ class Coordinator:
                 )
         self.members.load_state_dict(document["members"])
         self.rounds.load_state_dict(document["rounds"])
+        for words in self.publisher.rates.load_state_dict(document["outer"]):
+            self.run.say(words)
         self.publisher.history.extend(document["history"])
         for fragment, there in zip(self.fragments, self.rounds.rounds, strict=True):
             fragment.version = there.version
         said = {name: value for name, value in document["said"].items() if getattr(self.settings, name) is None}
         self.settings = replace(self.settings, **said)
 
-    # --- what an operator may do, and see
-
-    async def save(self) -> int:
-        """Save now; returns the step. Nothing is written where nothing is new."""
-        await self.publisher.save()
-        return self.publisher.step
-
-    def drain(self) -> None:
-        """Take nobody in any more, tell all workers to send what they have, save and stop; end when they have left."""
-        self.draining = True
-        self.members.command(None, "drain")
-
-    def kick(self, worker: str) -> None:
-        """Take a worker out at once, with what it has sent for open rounds; its process is told to stop."""
-        self.members.remove(worker, "kicked")
-        self.rounds.left(worker)
-        dropped: Sequence[Held] = self.intake.drop_all_of(worker)
-        for held in dropped:
-            if self.ledger is not None:
-                self.ledger.refuse(worker, held.consumed)
-        self._gone(worker, "was removed by the operator")
+    # --- its end, and what is seen of it
 
     def shutdown(self) -> None:
         """End: after the outer step that is under way, and with everything saved."""
         self.stopped.set()
         self.wake()
-
-    def set(self, **values: float) -> dict[str, Any]:
-        """Change `outer_lr`, `outer_momentum`, `round_timeout_s`, `min_workers` or `num_workers`, from the next round.
-
-        ConfigError for anything else; nothing is changed then.
-        """
-        outer = {name[6:]: value for name, value in values.items() if name in ("outer_lr", "outer_momentum")}
-        numbers = {
-            name: value for name, value in values.items() if name in ("round_timeout_s", "min_workers", "num_workers")
-        }
-        unknown = sorted(set(values) - set(numbers) - {f"outer_{name}" for name in outer})
-        if not values or unknown:
-            raise ConfigError(
-                f"cannot set {', '.join(unknown) or 'nothing'}",
-                fix="one or more of outer_lr, outer_momentum, round_timeout_s, min_workers, num_workers",
-            )
-        self.publisher.require_outer(**outer)
-        self.rounds.change(**numbers)  # type: ignore[arg-type]  # it looks at the kinds itself
-        self.publisher.set_outer(**outer)
-        self.wake()
-        return dict(values)
-
-    def command(self, worker: str | None, command: str) -> list[str]:
-        """Relay `save`, `stop` or `abort` with the next heartbeat of a worker, or of all; returns whom it reaches."""
-        if command not in ("save", "stop", "abort"):
-            raise ProtocolError(f"there is no command {command[:40]!r}", fix="save, stop or abort")
-        return self.members.command(worker, cast(Command, command))
 
     @property
     def trouble(self) -> str | None:
@@ -404,31 +362,3 @@ class Coordinator:
     def status(self) -> dict[str, Any]:
         """All that is shown of a server, as JSON."""
         return server_status(self, self._clock())
-
-
-def _fragment(values: Mapping[str, Tensor], names: Sequence[str], download: str) -> FragmentValues:
-    mine = {name: values[name].detach().to("cpu", torch.float32).contiguous() for name in names}
-    digest = xxhash.xxh3_64()
-    for tensor in mine.values():
-        digest.update(raw_bytes(tensor))
-    return FragmentValues(mine, Version(0, digest.hexdigest()), download)
-
-
-def _spool_budget(fragments: Sequence[FragmentValues]) -> int:
-    """What is left of four models beside master and published values, momentum, change, and room for one parameter."""
-    model = sum(4 * fragment.numel for fragment in fragments)
-    change = sum(fragment.change.data.nbytes for fragment in fragments if fragment.change is not None)
-    largest = max(tensor.nbytes for fragment in fragments for tensor in fragment.master.values())
-    return max(64 << 20, model - change - largest)
-
-
-def _require_parameters(values: Mapping[str, Tensor], settings: Settings) -> None:
-    named = [name for names in settings.fragments for name in names]
-    missing = sorted(set(settings.parameters) - set(values)) + sorted(set(settings.parameters) - set(named))
-    extra = sorted(set(values) - set(settings.parameters)) + sorted(set(named) - set(settings.parameters))
-    if missing or extra or len(named) != len(set(named)):
-        raise ConfigError(
-            "values, settings and fragments are not of the same parameters: "
-            f"missing {', '.join(missing[:5]) or 'none'}; not wanted {', '.join(extra[:5]) or 'none'}",
-            fix="make the settings from the model that is given",
-        )

@@ -34,7 +34,7 @@ class Flight:
         fragment.number_of_version = number
         fragment.version = exchange.version
         for part in exchange.parts:
-            fragment.keep(part.moved_to(exchange.round))
+            fragment.keep(part.moved_to(exchange.round, landed=number))
         fragment.forget(exchange.durable)
         exchange.close()
 

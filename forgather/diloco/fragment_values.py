@@ -17,15 +17,12 @@ from forgather.checkpoint.storage import raw_bytes
 from forgather.diloco.codec import BLOCK
 from forgather.diloco.combine import Change
 from forgather.diloco.contribution import require_slices
+from forgather.diloco.downloads import ChangedError, Downloads
 from forgather.diloco.messages import Slice, Values, Version, WantValues, pack_header
 from forgather.diloco.pieces import box_of, pieces
 from forgather.diloco.slices import covering_ranges
 
 _BATCH_BYTES = 256 << 10  # what a socket takes at once, so that nothing is kept back and copied
-
-
-class ChangedError(Exception):
-    """The values have changed while they were sent."""
 
 
 class FragmentValues:
@@ -45,6 +42,7 @@ class FragmentValues:
         self.generation = 0  # of the published values
         self.change_generation = 0
         self.is_moving = False  # the published values are being moved to the next version
+        self.downloads = Downloads()
         self._digests: dict[Slice, str] = {}
 
     @property
@@ -172,13 +170,10 @@ class Answer:
         for each, ranges in zip(self.slices, self.ranges, strict=True):
             encoded, numel = self._change.of(each.name), self._change.numels[each.name]
             for start, stop in ranges:
-                cut = encoded
-                if (start, stop) != (0, numel):
-                    cut = torch.empty(encoder.encoded_bytes(stop - start), dtype=torch.uint8)
-                    encoder.cut(encoded, numel, start, stop, cut)
-                data = raw_bytes(cut)
-                for first in range(0, data.nbytes, _BATCH_BYTES):
-                    yield data[first : first + _BATCH_BYTES]
+                for part in encoder.parts(encoded, numel, start, stop):
+                    data = raw_bytes(part)
+                    for first in range(0, data.nbytes, _BATCH_BYTES):
+                        yield data[first : first + _BATCH_BYTES]
 
     @property
     def _change(self) -> Change:

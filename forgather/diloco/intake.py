@@ -16,7 +16,7 @@ from forgather.diloco.fragment_values import FragmentValues
 from forgather.diloco.members import Member
 from forgather.diloco.messages import Accepted, Closed, Contribution, Identity, ProtocolError, Settings
 from forgather.diloco.rounds import Rounds, Verdict
-from forgather.diloco.spool import Room, Spool, refusal
+from forgather.diloco.spool import Spool, refusal
 
 WAIT_S = 20.0  # for a round that is just being closed
 
@@ -65,10 +65,10 @@ class Intake:
 
     async def verdict(self, identity: Identity, header: Contribution) -> Accepted | Closed | None:
         """The answer to a contribution that is not to be taken; None for one that is."""
-        answer = self._look(identity)
+        answer = self._look(identity, header)
         if answer == "wait":
-            await self._until(lambda: self._look(identity) != "wait", WAIT_S)
-            answer = self._look(identity)
+            await self._until(lambda: self._look(identity, header) != "wait", WAIT_S)
+            answer = self._look(identity, header)
         match answer:
             case Closed():
                 return answer
@@ -88,19 +88,21 @@ class Intake:
             return Closed(version)  # what they began with is not here any more
         return None
 
-    def _look(self, identity: Identity) -> Verdict | Closed:
-        return self.rounds.verdict(identity.worker, identity.round, identity.fragment)
+    def _look(self, identity: Identity, header: Contribution) -> Verdict | Closed:
+        return self.rounds.verdict(identity.worker, identity.round, identity.fragment, header.base)
 
     async def receive(
         self, member: Member, identity: Identity, header: Contribution, plan: Plan, blocks: AsyncIterable[bytes]
     ) -> Accepted | Closed:
         """Take the payload of a part for which there was no other answer."""
-        room = self._room(plan.num_bytes)
+        room = self.spool.room(plan.num_bytes)
         mine = self._incoming[identity] = object()
         is_kept = False
         part = Part(header, plan, room)
         examination = Examination(part, self.fragments[identity.fragment].published)
         try:
+            await self._written(room.take())
+            self.trouble = None
             await self._fill(part, examination, blocks, lambda: self._incoming.get(identity) is mine)
             answer = await self.verdict(identity, header)
             if answer is not None:
@@ -114,15 +116,6 @@ class Intake:
                 del self._incoming[identity]
             if not is_kept:
                 room.release()
-
-    def _room(self, num_bytes: int) -> Room:
-        try:
-            room = self.spool.room(num_bytes)
-        except ProtocolError as error:
-            self.trouble = error.message
-            raise
-        self.trouble = None
-        return room
 
     async def _fill(
         self, part: Part, examination: Examination, blocks: AsyncIterable[bytes], is_wanted: Callable[[], bool]

@@ -25,11 +25,12 @@ class Part:
     identity: Identity
     header: Contribution
     payload: Tensor  # bytes
+    landed: int | None = None  # the number of a version that has it; None as long as none is known
 
-    def moved_to(self, round: int) -> "Part":
-        """The same for another round."""
+    def moved_to(self, round: int, landed: int | None = None) -> "Part":
+        """The same for another round, or one that has `landed`."""
         own = self.identity
-        return Part(Identity(own.worker, round, own.fragment, own.part), self.header, self.payload)
+        return Part(Identity(own.worker, round, own.fragment, own.part), self.header, self.payload, landed)
 
 
 class Numbers:
@@ -178,8 +179,11 @@ class LocalFragment:
         self.kept = sorted([*others, part], key=lambda each: (each.identity.round, each.identity.part))
 
     def forget(self, durable: int) -> None:
-        """The server has versions up to `durable` on its disk: what made them is not needed again."""
-        self.kept = [part for part in self.kept if part.identity.round >= durable]
+        """The server has versions up to `durable` on its disk: what made them is not needed again.
+
+        Which version has a contribution is not told by its round: on an asynchronous server others come before it.
+        """
+        self.kept = [part for part in self.kept if part.landed is None or part.landed > durable]
 
 
 def digest_of(tensor: Tensor) -> str:

@@ -9,12 +9,15 @@ Nothing here waits or knows a network: time is given by `clock`, in seconds.
 import hashlib
 import hmac
 import math
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, Literal
 
-from forgather.diloco.messages import Beat, Command, Heartbeat, ProtocolError, Register
+from forgather.diloco.messages import STRENGTH, Beat, Command, Heartbeat, ProtocolError, Register
 
+_SILENCE_S = 30.0  # after which a process that was removed has ended, where leases do not run out
 _MOST = 200  # letters of what a worker says of itself
 
 
@@ -36,11 +39,21 @@ class Member:
     num_counted: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
-    command: Command | None = None
+    command: Command | None = None  # what it is told until it says that it has heard that
+    command_number: int = 0  # of the last one; no two have the same, of two processes of the server neither
 
     @property
     def is_live(self) -> bool:
         return self.state == "live"
+
+    def hears(self, heard: int | None) -> Command | None:
+        """What the answer to a heartbeat tells it; `heard` is the number that the heartbeat has."""
+        if heard == self.command_number:
+            self.command = None
+        command = self.command
+        if heard is None:
+            self.command = None
+        return command
 
     def has_key(self, key: str) -> bool:
         """Whether it is this worker's key; takes as long for a wrong one."""
@@ -54,6 +67,9 @@ class Members:
         self.lease_s = lease_s
         self._clock = clock
         self._by_name: dict[str, Member] = {}
+        self._begun_at = clock()
+        # Not from 1 on: a worker that outlives this process would take a command for one that it has heard before.
+        self._command_numbers = count(1 + secrets.randbelow(2**40))
 
     def __iter__(self) -> Iterator[Member]:
         return iter(self._by_name.values())
@@ -74,12 +90,20 @@ class Members:
     def is_live(self, name: str) -> bool:
         return name in self._by_name and self._by_name[name].is_live
 
+    def may_come(self, name: str) -> bool:
+        """Whether a worker lives, or may: one of which nothing was saved has as long to come as a lease."""
+        if name in self._by_name:
+            return self.is_live(name)
+        return self._clock() - self._begun_at <= self._silence_s
+
     def register(self, request: Register) -> Literal["new", "another", "back", "again"]:
         """Take a worker in; says whether it is `new`, `another` under a name that is free, `back`, or here `again`.
 
         ProtocolError (409) where a live worker has the name and another key, or where the operator has removed it.
         """
         there = self._by_name.get(request.worker)
+        if there is not None and there.state == "kicked" and self._clock() - there.renewed_at > self._silence_s:
+            there.state = "left"  # that process has ended, told or not
         if there is None:
             outcome: Literal["new", "another", "back", "again"] = "new"
         elif there.has_key(request.key):
@@ -107,6 +131,11 @@ class Members:
         there.state, there.is_present, there.renewed_at = "live", True, self._clock()
         return outcome
 
+    def is_expected_back(self, request: Register) -> bool:
+        """Whether it is a worker that lives, or has not been heard of for a while: not a new one, nor one that left."""
+        there = self._by_name.get(request.worker)
+        return there is not None and there.state in ("live", "dead") and there.has_key(request.key)
+
     def require(self, name: str, key: str) -> Member:
         """The live worker of that name; its lease is renewed. ProtocolError 404 for an unknown one, 403 for its key."""
         member = self._by_name.get(name)
@@ -118,16 +147,29 @@ class Members:
         return member
 
     def beat(self, name: str, key: str, heartbeat: Heartbeat, sync_every: Callable[[Member], int]) -> Beat:
-        """Note how a worker is doing, and tell it what to do; a command is told once."""
+        """Note how a worker is doing, and tell it what to do."""
         kicked = self._by_name.get(name)
         if kicked is not None and kicked.state == "kicked" and kicked.has_key(key):
-            kicked.state = "left"  # it has heard it; should it be started again, it may come back
-            return Beat(sync_every(kicked), "stop")
+            # As long as its process lives: one that was told is ending, and is no worker that has come back.
+            kicked.renewed_at = self._clock()
+            return Beat(sync_every(kicked), "stop", kicked.command_number)
         member = self.require(name, key)
         member.steps, member.loss = heartbeat.steps, _finite(heartbeat.loss)
-        member.steps_per_s, member.tokens_per_s = _finite(heartbeat.steps_per_s), _finite(heartbeat.tokens_per_s)
-        command, member.command = member.command, None
-        return Beat(sync_every(member), command)
+        # One that has made no step since the last, as it waits for others, is no slower for that.
+        member.steps_per_s = _finite(heartbeat.steps_per_s) or member.steps_per_s
+        member.tokens_per_s = _finite(heartbeat.tokens_per_s) or member.tokens_per_s
+        command = member.hears(heartbeat.heard)
+        return Beat(sync_every(member), command, member.command_number if command is not None else 0)
+
+    def leave(self, name: str, key: str) -> bool:
+        """A worker goes; says whether it was one. One that was removed has ended then, and may come back."""
+        there = self._by_name.get(name)
+        if there is not None and there.state == "kicked" and there.has_key(key):
+            there.state = "left"
+            return False
+        self.require(name, key)
+        self.remove(name, "left")
+        return True
 
     def expire(self) -> list[str]:
         """The workers whose lease has just run out; each is told once."""
@@ -142,7 +184,10 @@ class Members:
         """Let a worker be no member any more; ProtocolError (404) where there is none of that name."""
         if name not in self._by_name:
             raise ProtocolError(f"there is no worker {name!r} here", status=404, fix="see forgather diloco status")
-        self._by_name[name].state = state
+        there = self._by_name[name]
+        there.state, there.command = state, None
+        if state == "kicked":
+            self.tell(there, "stop")
 
     def command(self, name: str | None, command: Command) -> list[str]:
         """Leave a command for a worker's next heartbeat, or for those of all; returns whom it will reach."""
@@ -150,8 +195,17 @@ class Members:
             raise ProtocolError(f"there is no live worker {name!r}", status=404, fix="see forgather diloco status")
         reached = self.live() if name is None else [self[name]]
         for member in reached:
-            member.command = command
+            self.tell(member, command)
         return [member.name for member in reached]
+
+    def tell(self, member: Member, command: Command) -> None:
+        """Have a worker hear this, unless what it has not heard yet is stronger."""
+        member.command = max(member.command, command, key=STRENGTH.index)
+        member.command_number = next(self._command_numbers)
+
+    @property
+    def _silence_s(self) -> float:
+        return self.lease_s or _SILENCE_S
 
     def with_key(self, key: str) -> Member | None:
         """The worker that has this key."""

@@ -44,6 +44,11 @@ class Membership:
         self._free: list[tuple[float, Client]] = []
         self._free_lock = threading.Lock()
 
+    @property
+    def server(self) -> str:
+        """The process at the address that has registered this worker, by the name that it has given itself."""
+        return "" if self.registered is None else self.registered.server
+
     def borrow(self) -> Client:
         """A connection that nobody else uses until it is given back."""
         with self._free_lock:
@@ -171,7 +176,9 @@ class Heartbeats:
         self._client.close()
 
     def _run(self) -> None:
-        while not self._closed.wait(self._every_s):
+        pause_s, heard = self._every_s, 0
+        while not self._closed.wait(pause_s):
+            pause_s = self._every_s
             known = self.membership.times
             try:
                 try:
@@ -187,3 +194,6 @@ class Heartbeats:
                 return
             self._lost_at = None
             self._hear(beat)
+            if beat.command is not None and beat.number != heard:
+                heard = beat.number
+                pause_s = 0.0  # what was heard is told at once: a process that is to end may not live to the next one

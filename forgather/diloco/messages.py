@@ -28,6 +28,10 @@ WORKER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _LENGTH = struct.Struct(">I")
 
 Mode = Literal["sync", "async"]
+# What a server tells a worker: to save; to save and end, keeping what it has not sent; to send that, and then save and
+# end; to end at once.
+Command = Literal["save", "stop", "drain", "abort"]
+STRENGTH: Sequence[Command | None] = (None, "save", "drain", "stop", "abort")  # a later one outdoes those before it
 Content = Literal["values", "differences", "change"]
 
 
@@ -165,17 +169,26 @@ class Register:
 
 @dataclass(frozen=True)
 class Registered:
-    """The answer: the settings, and the version of each fragment that a worker without values begins with."""
+    """The answer: the settings, and the version of each fragment that a worker without values begins with.
+
+    `server` names the process that answers: another one does not have what this one held in its memory.
+    """
 
     settings: Settings
     versions: Sequence[Version]
+    server: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        return {"settings": self.settings.to_json(), "versions": [version.to_json() for version in self.versions]}
+        return {
+            "settings": self.settings.to_json(),
+            "versions": [version.to_json() for version in self.versions],
+            "server": self.server,
+        }
 
     @classmethod
     def from_json(cls, value: Any) -> Self:
-        return cls(Settings.from_json(value["settings"]), [Version.from_json(each) for each in value["versions"]])
+        versions = [Version.from_json(each) for each in value["versions"]]
+        return cls(Settings.from_json(value["settings"]), versions, str(value["server"]))
 
 
 @dataclass(frozen=True)
@@ -333,12 +346,17 @@ class Values:
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """A worker lives, and how it is doing."""
+    """A worker lives, and how it is doing.
+
+    `heard` is the number of the last command that it has heard, 0 for none. One that does not say is told each command
+    once, whether the answer reaches it or not.
+    """
 
     steps: int
     steps_per_s: float | None = None
     tokens_per_s: float | None = None
     loss: float | None = None
+    heard: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -351,15 +369,20 @@ class Heartbeat:
         for name in ("steps_per_s", "tokens_per_s", "loss"):
             number = value.get(name)
             numbers[name] = float(number) if isinstance(number, int | float) else None
-        return cls(value["steps"], **numbers)
+        heard = value.get("heard")
+        return cls(value["steps"], **numbers, heard=heard if isinstance(heard, int) else None)
 
 
 @dataclass(frozen=True)
 class Beat:
-    """The answer: what the worker is to do, and how many inner steps it makes to an exchange."""
+    """The answer: what the worker is to do, and how many inner steps it makes to an exchange.
+
+    A command is told again until a heartbeat says that its `number` was heard.
+    """
 
     sync_every: int
-    command: Literal["save", "stop", "abort"] | None = None
+    command: Command | None = None
+    number: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

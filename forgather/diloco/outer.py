@@ -33,6 +33,10 @@ class Outer(Protocol):
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take what `state_tensors` gave for the state, and keep it; CheckpointError for another optimizer's."""
 
+    @property
+    def num_states(self) -> int:
+        """How many tensors of a parameter's size it keeps of each."""
+
     def describe(self) -> str:
         """One line that says what it is, equal for equal optimizers."""
 
@@ -57,6 +61,7 @@ class Nesterov:
     @torch.no_grad()
     def step(self, name: str, master: Tensor, mean: Tensor) -> None:
         if self.momentum == 0:
+            self._momenta.pop(name, None)  # it had one, which is not to come back
             _move_towards(master, mean, self.lr)
             return
         if name not in self._momenta:
@@ -73,11 +78,17 @@ class Nesterov:
                 momentum.add_(gradient)
 
     def state_tensors(self) -> dict[str, Tensor]:
+        if self.momentum == 0:
+            return {}
         return {f"{name}.momentum": momentum for name, momentum in self._momenta.items()}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         kinds = _by_kind(tensors, ("momentum",) if self.momentum else (), self.describe())
         self._momenta = kinds.get("momentum", {})
+
+    @property
+    def num_states(self) -> int:
+        return 0 if self.momentum == 0 else 1
 
     def describe(self) -> str:
         if self.momentum == 0:
@@ -133,6 +144,10 @@ class DelayedNesterov:
         kinds = _by_kind(tensors, ("momentum", "sum", "arrivals"), self.describe())
         self._momenta, self._sums, self._arrivals = kinds["momentum"], kinds["sum"], kinds["arrivals"]
 
+    @property
+    def num_states(self) -> int:
+        return 2
+
     def describe(self) -> str:
         return f"SGD, lr {self.lr:g}, delayed Nesterov momentum {self.momentum:g} every {self.every} arrivals"
 
@@ -147,6 +162,7 @@ class TorchOuter:
         self.optimizer = _found(optimizer) if isinstance(optimizer, str) else optimizer
         self.arguments = arguments
         self._states: dict[str, dict[str, Tensor]] = {}
+        self.num_states = 0
         self._try_it()
 
     def _try_it(self) -> None:
@@ -160,7 +176,7 @@ class TorchOuter:
                 f"{self.describe()} cannot be the outer optimizer: {error}",
                 fix="torch.optim.SGD with lr 0.7, momentum 0.9, nesterov true",
             ) from error
-        del self._states[name]
+        self.num_states = sum(state.shape == master.shape for state in self._states.pop(name).values())
 
     def require_parameters(self, parameters: Mapping[str, Sequence[int]]) -> None:
         for name, shape in parameters.items():

@@ -6,16 +6,17 @@
     save          every so many versions, while workers fetch the values and train on; the next outer step waits for it
 
 So nobody waits for a model's worth of bytes to reach a disk. A version is *durable* when it is saved, and until then
-the workers keep what made it. A disk that refuses is asked again until it takes the line, or the state, or the server is
-to end: that round is then made again by the next, from the contributions that the workers have kept.
+the workers keep what made it; where one of them has gone, and cannot bring it again, it is saved at once. A disk that
+refuses is asked again until it takes the line, or the state, or the server is to end: that round is then made again by
+the next, from the contributions that the workers have kept.
 """
 
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol, cast
 
 from torch import Tensor
@@ -29,10 +30,12 @@ from forgather.diloco.combine import Guard, Share, combine, lineage, shares
 from forgather.diloco.contribution import Held
 from forgather.diloco.fragment_values import FragmentValues
 from forgather.diloco.intake import Intake
+from forgather.diloco.journal import Journal, Made
 from forgather.diloco.ledger import Ledger
 from forgather.diloco.messages import ProtocolError, Version
+from forgather.diloco.rates import Rates
 from forgather.diloco.rounds import Rounds
-from forgather.diloco.server_state import Journal, OuterState, ServerState
+from forgather.diloco.server_state import OuterState, ServerState
 from forgather.errors import CheckpointError, ConfigError
 
 HISTORY = 200
@@ -46,6 +49,11 @@ class OuterOptimizer(OuterState, Protocol):
 
     def step(self, name: str, master: Tensor, mean: Tensor) -> None: ...
 
+    @property
+    def num_states(self) -> int: ...
+
+    def describe(self) -> str: ...
+
 
 class StoppingError(Exception):
     """The server ends while something was still to be done, which then was not."""
@@ -54,7 +62,8 @@ class StoppingError(Exception):
 class Publisher:
     """Closes rounds, and keeps what they have made in the run folder `run`.
 
-    `document` gives the state that is no tensor; `tell` wakes whoever waits for a version.
+    `document` gives the state that is no tensor; `tell` wakes whoever waits for a version, and `until` waits for what
+    happens on the server.
     """
 
     def __init__(
@@ -75,6 +84,7 @@ class Publisher:
         document: Callable[[], dict[str, Any]],
         accept_document: Callable[[Mapping[str, Any]], None],
         tell: Callable[[], Awaitable[None]],
+        until: Callable[[Callable[[], bool], float], Awaitable[bool]],
         stopped: asyncio.Event,
     ) -> None:
         if save_every < 1:
@@ -94,9 +104,11 @@ class Publisher:
         self._save_every = save_every
         self._document = document
         self._tell = tell
+        self._until = until
         self._stopped = stopped
         self._unsaved = 0  # versions since the last save
-        self._later: dict[str, float] = {}  # settings of the outer optimizer that wait for the end of its step
+        self.rates = Rates(outer)
+        self._again: dict[tuple[int, int], Made] = {}  # by fragment and number: versions that are to be made again
         self._lock = asyncio.Lock()  # over outer steps and saving
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="outer")
         self._state = ServerState(
@@ -123,53 +135,101 @@ class Publisher:
             return
         self._mark_durable()
         again = self._journal.after([each.version for each in self._fragments])
-        for fragment, closed in enumerate(again):
-            self._rounds.replay(fragment, closed)
+        for fragment, made in enumerate(again):
+            self._rounds.replay(fragment, [each.contributors for each in made])
+            first = self._fragments[fragment].version.number + 1
+            self._again |= {(fragment, number): each for number, each in enumerate(made, start=first)}
         number = sum(map(len, again))
         self.run.say(
             f"going on from {newest.path}" + (f"; {number} rounds since then are to be made again" if number else "")
         )
 
-    async def close_round(self, fragment: int, contributors: Sequence[tuple[str, int]]) -> None:
-        """Make the next version of a fragment of these contributions. StoppingError when the server ends before."""
+    async def close_round(self, fragment: int) -> bool:
+        """Make the next version of a fragment, if its round is to be closed now; says whether it was.
+
+        StoppingError when the server ends before.
+        """
         async with self._lock:
+            # Nobody may take a contribution away, as an operator does with a worker's, between this and its use.
+            contributors = self._rounds.due(fragment)
+            if not contributors:
+                return False
             await self._close_round(fragment, contributors)
             await self._tell()
-            if self._unsaved >= self._save_every:
+            is_last = not all(self._rounds.members.is_live(worker) for worker, _ in contributors)
+            if self._unsaved >= self._save_every or is_last:
                 await self._retried(self._save)
+        return True
 
     async def _close_round(self, fragment: int, contributors: Sequence[tuple[str, int]]) -> None:
         began = time.perf_counter()
-        self._apply_later()
-        there, before = self._fragments[fragment], self._fragments[fragment].version
         helds = [self._intake.held(fragment, *each) for each in contributors]
-        opened_at = self._rounds.rounds[fragment].opened_at
         self._rounds.close(fragment, contributors)
+        there, before = self._fragments[fragment], self._fragments[fragment].version
+        opened_at = self._rounds.rounds[fragment].opened_at
+        await self._slow_ones(fragment, changes=True)
         there.begin()
         taken = shares(helds, self._guard)
         damping = 1.0
         if self._rounds.mode == "async":
             damping = self._staleness(max(0, before.number - helds[0].header.base.number))
-        await self._in_thread(
-            lambda: combine(taken, there.master, there.published, self._outer, there.change, damping=damping)
-        )
+        self.rates.apply()
+        with self._rates_of(fragment, before.number + 1, contributors) as rates:
+            await self._in_thread(
+                lambda: combine(taken, there.master, there.published, self._outer, there.change, damping=damping)
+            )
         version = Version(before.number + 1, lineage(before.lineage, taken))
-        self._note(fragment, version, helds, taken, self._clock() - opened_at)
-        await self._retried(lambda: self._in_thread(lambda: self._journal.add(fragment, version, contributors)))
+        made = Made(contributors, rates)
+        await self._retried(lambda: self._in_thread(lambda: self._journal.add(fragment, version, made)))
+        await self._slow_ones(fragment, changes=False)
         there.move_begins()
         await self._in_thread(there.move)
         there.moved(version, before)
+        seconds = self._clock() - opened_at
         self._unsaved += 1
-        self._rounds.published(fragment, version)
+        self._rounds.published(fragment, version, [held.header.base for held in helds])
+        self._note(fragment, version, helds, taken, seconds, time.perf_counter() - began)
         for held in helds:
             self._intake.drop(fragment, held.worker, held.round)
         self._intake.drop_past(fragment)
-        self.history[-1]["outer_s"] = round(time.perf_counter() - began, 4)
+
+    async def _slow_ones(self, fragment: int, *, changes: bool) -> None:
+        """Wait for answers that were broken off before by a new version, and would be by this one, too."""
+        downloads = self._fragments[fragment].downloads
+        waited = downloads.waited_for(changes=changes)
+        if waited:
+            self.run.say(
+                f"fragment {fragment}: version {self._fragments[fragment].version.number + 1} waits for up to "
+                f"{max(waited.values()):g} s, until {', '.join(sorted(waited))} has the one before: versions come "
+                "faster than it can get them"
+            )
+            await self._until(lambda: not downloads.waited_for(changes=changes), max(waited.values()))
+
+    @contextmanager
+    def _rates_of(
+        self, fragment: int, number: int, contributors: Sequence[tuple[str, int]]
+    ) -> Iterator[Mapping[str, float]]:
+        """The rates for this version: those in force, or those that it was made with before, for that alone."""
+        again = self._again.pop((fragment, number), None)
+        if again is None or sorted(again.contributors) != sorted(contributors):
+            yield self.rates.in_force
+            return
+        before = self.rates.put(again.rates)
+        try:
+            yield again.rates
+        finally:
+            self.rates.put(before)
 
     def _note(
-        self, fragment: int, version: Version, helds: Sequence[Held], taken: Sequence[Share], seconds: float
+        self,
+        fragment: int,
+        version: Version,
+        helds: Sequence[Held],
+        taken: Sequence[Share],
+        seconds: float,
+        outer_s: float,
     ) -> None:
-        """What the history and the ledger know of a version."""
+        """What the history and the ledger know of a version that is published."""
         names = {share.held.worker for share in taken}
         members = self._rounds.members
         losses = []
@@ -194,6 +254,7 @@ class Publisher:
                 "tokens": sum(held.header.tokens for held in helds),
                 "norm": max(share.held.norm for share in taken),
                 "seconds": round(seconds, 4),
+                "outer_s": round(outer_s, 4),
                 "loss": sum(weight * loss for weight, loss in losses) / tokens if losses else None,
                 "time": time.time(),
             }
@@ -211,7 +272,7 @@ class Publisher:
 
     async def _save(self) -> None:
         self._state.document = self._document()  # here, where nobody changes it meanwhile
-        may_clear = not any(each.replay for each in self._rounds.rounds)
+        may_clear = not self._rounds.is_made_again
         await self._in_thread(lambda: self._write(may_clear=may_clear))
         self._unsaved = 0
         self._mark_durable()
@@ -245,23 +306,11 @@ class Publisher:
     async def _in_thread(self, call: Callable[[], object]) -> None:
         await asyncio.get_running_loop().run_in_executor(self._thread, call)
 
-    def require_outer(self, **rates: float) -> None:
-        """ConfigError unless the outer optimizer has `lr` and `momentum`, as far as they are given, and takes these."""
-        for name, rate in rates.items():
-            if not hasattr(self._outer, name):
-                raise ConfigError(f"{self._outer.describe()} has no {name}", fix="restart the server with another")
-            _require_rate(name, rate)
-
     def set_outer(self, **rates: float) -> None:
         """Change `lr` or `momentum` of the outer optimizer, when its step has ended."""
-        self._later |= rates
+        self.rates.change(**rates)
         if not self._lock.locked():
-            self._apply_later()
-
-    def _apply_later(self) -> None:
-        for name, rate in self._later.items():
-            setattr(self._outer, name, rate)
-        self._later.clear()
+            self.rates.apply()
 
     async def close(self) -> None:
         """Save what is not saved, where the disk takes it, and let go of everything."""
@@ -271,11 +320,3 @@ class Publisher:
         finally:
             self._thread.shutdown()
             self._store.close()
-
-
-def _require_rate(name: str, rate: float) -> None:
-    is_number = isinstance(rate, int | float) and not isinstance(rate, bool)
-    if name == "lr" and not (is_number and 0 < rate < float("inf")):
-        raise ConfigError(f"outer_lr is {rate!r}", fix="outer_lr: 0.7, or 1 for averaging")
-    if name == "momentum" and not (is_number and 0 <= rate < 1):
-        raise ConfigError(f"outer_momentum is {rate!r}", fix="outer_momentum: 0.9, or 0 for averaging")

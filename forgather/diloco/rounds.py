@@ -46,9 +46,11 @@ class Rounds:
         min_workers: int = 1,
         round_timeout_s: float | None = None,
         mode: Mode = "sync",
+        say: Callable[[str], None] = print,
     ) -> None:
         self.members = members
         self.mode = mode
+        self._say = say
         self._clock = clock
         self.min_workers = 1
         self.round_timeout_s: float | None = None
@@ -84,6 +86,20 @@ class Rounds:
             self.num_wanted = self._awaited = wanted
         self.min_workers = least
 
+    def nobody_else_comes(self) -> None:
+        """Close rounds with those who are there, however many were awaited."""
+        self._awaited = 0
+
+    @property
+    def is_made_again(self) -> bool:
+        """Whether rounds are waited for that were closed before this server came back."""
+        return any(there.replay for there in self.rounds)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a round is being closed, or can be with what is there."""
+        return any(there.closing or self.due(fragment) for fragment, there in enumerate(self.rounds))
+
     @property
     def num_workers(self) -> int:
         """How many workers a round is made of now: those that must come first, then those that live."""
@@ -113,8 +129,8 @@ class Rounds:
         names = {worker for worker, _ in there.replay[0]} if there.replay else there.expected
         return {name for name in names if self.members.is_live(name)}
 
-    def verdict(self, worker: str, round: int, fragment: int) -> Verdict | Closed:
-        """What becomes of a contribution that is about to be sent.
+    def verdict(self, worker: str, round: int, fragment: int, base: Version) -> Verdict | Closed:
+        """What becomes of a contribution, which began with `base`, that is about to be sent.
 
         `take` it; it is `held` already in the round that is being closed, or was `counted`; `wait` until that round is
         closed, and ask again; or it is to be sent for another round.
@@ -124,6 +140,9 @@ class Rounds:
             return "counted"
         if (worker, round) in there.closing:
             return "held"
+        if round < there.version.number and self.counted[fragment].has_begun_with(worker, base.number):
+            self.counted[fragment].know_as(worker, round)  # by which the worker asks for values that have it
+            return "counted"
         if there.replay:
             return self._verdict_in_replay(there, worker, round)
         if self.mode == "async" and round <= there.version.number:
@@ -160,21 +179,30 @@ class Rounds:
     def due(self, fragment: int) -> list[Member]:
         """The contributions that the round closes with now, in the order of the workers' names; empty: not yet."""
         there = self.rounds[fragment]
-        if there.closing or not there.complete:
+        if there.closing:
             return []
         if there.replay:
             wanted = there.replay[0]
             if all(each in there.complete for each in wanted):
                 return sorted(wanted)
-            if any(each not in there.complete and not self.members.is_live(each[0]) for each in wanted):
-                there.replay.clear()  # its lease has run out: what it sent before will not come again
-            else:
+            missing = [worker for worker, round in wanted if (worker, round) not in there.complete]
+            gone = [worker for worker in missing if not self.members.may_come(worker)]
+            if not gone:
                 return []
-        if self.mode == "async":
-            return there.complete[:1]
+            # What they sent before will not come again. Whether others have brought anything yet or not, they are not
+            # to wait for that.
+            there.replay.clear()
+            self._say(
+                f"fragment {fragment}: version {there.version.number + 1} is not made again as it was, because "
+                f"{', '.join(gone)} {'has' if len(gone) == 1 else 'have'} not come back"
+            )
+        if not there.complete:
+            return []
         self._look_whether_all_came()
         if self._awaited:
             return []
+        if self.mode == "async":
+            return there.complete[:1]
         if len(there.complete) < self.min_workers:
             return []
         names = {worker for worker, _ in there.complete}
@@ -193,11 +221,14 @@ class Rounds:
         """The outer step begins; until it is published the round takes nothing."""
         self.rounds[fragment].closing = list(contributors)
 
-    def published(self, fragment: int, version: Version) -> list[Member]:
-        """The closing round has made `version`: the next is open. Returns complete contributions that were left out."""
+    def published(self, fragment: int, version: Version, bases: Sequence[Version]) -> list[Member]:
+        """The closing round has made `version`: the next is open. Returns complete contributions that were left out.
+
+        `bases` are the versions that the contributions began with, in the order in which `close` was given these.
+        """
         there = self.rounds[fragment]
-        for worker, round in there.closing:
-            self.counted[fragment].add(worker, round)
+        for (worker, round), base in zip(there.closing, bases, strict=True):
+            self.counted[fragment].add(worker, round, base.number, there.version.number)
             if worker in self.members:
                 self.members[worker].num_counted += 1
         over = [each for each in there.complete if each not in there.closing]

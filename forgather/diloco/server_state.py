@@ -1,4 +1,4 @@
-"""What of a server survives it: a checkpoint as of any run, and a journal of the rounds since.
+"""What of a server survives it: a checkpoint as of any run. (`journal` has the rounds since.)
 
     model/<parameter>                  the master values, which `forgather export` takes
     optimizer/<key>                    the outer optimizer's tensors
@@ -9,10 +9,7 @@
 It is written between outer steps: a server that comes back stands before or after a version, never within.
 """
 
-import json
-import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -21,12 +18,9 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from forgather.checkpoint.document import Json, join, split
 from forgather.checkpoint.layout import Layout
-from forgather.checkpoint.part import write_all
 from forgather.checkpoint.storage import dtype_of
 from forgather.diloco.fragment_values import FragmentValues
-from forgather.diloco.messages import Version, parse_json
-from forgather.durable import sync
-from forgather.errors import CheckpointError
+from forgather.diloco.messages import Version
 
 EXTRA = "diloco"
 
@@ -37,8 +31,6 @@ class OuterState(Protocol):
     def state_tensors(self) -> dict[str, Tensor]: ...
 
     def load(self, tensors: Mapping[str, Tensor]) -> None: ...
-
-    def describe(self) -> str: ...
 
 
 class ServerState:
@@ -76,7 +68,7 @@ class ServerState:
             if fragment.change is not None and fragment.changed_from is not None:
                 tensors[f"extras/{EXTRA}/change/{number}"] = fragment.change.data
                 changes[str(number)] = fragment.changed_from.to_json()
-        own = self.document | {"changes": changes, "outer": self.outer.describe()}
+        own = self.document | {"changes": changes}
         extras, others = split({name: extra.state_dict() for name, extra in self._others.items()}, "extras")
         assert isinstance(extras, dict), "a dict of states becomes a dict"
         return tensors | others, {"optimizer": {}, "extras": {EXTRA: own, **extras}, "random": {}}
@@ -131,59 +123,6 @@ class ServerState:
             if fragment.change is not None and fragment.version.number + fragment.change_generation > 0
             for name, tensor in fragment.published.items()
         }
-
-
-class Journal:
-    """One line for each version that is published before it is saved: who made it, fsynced before anybody hears of it.
-
-    A server that comes back from an older state lets the same contributions close the same rounds.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def add(self, fragment: int, version: Version, contributors: Sequence[tuple[str, int]]) -> None:
-        """Return when it is on the disk. OSError when that cannot be; then there is no such line."""
-        line = json.dumps([fragment, version.to_json(), [list(each) for each in contributors]]) + "\n"
-        is_new = not self.path.exists()
-        with self.path.open("ab", buffering=0) as file:
-            before = file.tell()
-            try:
-                write_all(file.fileno(), memoryview(line.encode()))
-                os.fsync(file.fileno())
-            except OSError:
-                os.ftruncate(file.fileno(), before)
-                raise
-        if is_new:
-            sync(self.path.parent)
-
-    def clear(self) -> None:
-        """All of its rounds are in a checkpoint."""
-        self.path.unlink(missing_ok=True)
-
-    def after(self, versions: Sequence[Version]) -> list[list[list[tuple[str, int]]]]:
-        """For each fragment the contributors of the rounds that these versions do not have, in order.
-
-        Lines that are of other values than these are of no use, and passed over.
-        """
-        rounds: list[list[list[tuple[str, int]]]] = [[] for _ in versions]
-        if not self.path.exists():
-            return rounds
-        lines = self.path.read_bytes().split(b"\n")[:-1]  # what follows the last newline was not finished
-        for line in lines:
-            try:
-                fragment, version, contributors = parse_json(line)
-                number = Version.from_json(version).number
-                found = [(str(worker), int(round)) for worker, round in contributors]
-            except Exception as error:
-                raise CheckpointError(
-                    f"{self.path} is damaged: {line[:60]!r}", fix=f"remove it, to go on without: {self.path}"
-                ) from error
-            place = number - versions[fragment].number - 1
-            if 0 <= place <= len(rounds[fragment]) and rounds[fragment][place : place + 1] != [found]:
-                # What was made again as it was is nothing new; if others made it, what came after is not to come again.
-                rounds[fragment][place:] = [found]
-        return rounds
 
 
 def _room(saved: Layout, key: str) -> Tensor:

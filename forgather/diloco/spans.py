@@ -61,6 +61,11 @@ class Spans:
             start = right
         return (start, stop) if start < stop else None
 
+    @property
+    def stop(self) -> int:
+        """One after the last row; 0 where there is none."""
+        return self._stops[-1] if self._stops else 0
+
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return iter(list(zip(self._starts, self._stops, strict=True)))
 

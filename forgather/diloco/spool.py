@@ -1,9 +1,9 @@
 """Where contributions lie until their round closes: in memory up to a budget, beyond it in files.
 
 Room for a part is taken whole before its first byte is read, so that a full disk is told at once, and is given back
-when the part is torn, replaced or used. A file has no name: what a killed server leaves takes no space. One whose room
-is a file is written a MiB at a time, by a thread, because a disk may keep a writer waiting. What is there can be looked
-at while the rest still comes.
+when the part is torn, replaced or used. A file has no name: what a killed server leaves takes no space. It is made, and
+written a MiB at a time, by a thread, because a disk may keep whoever asks it waiting. What is there can be looked at
+while the rest still comes.
 """
 
 import errno
@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 import torch
 from torch import Tensor
@@ -36,6 +36,9 @@ class Room(Protocol):
     def num_readable(self) -> int:
         """So many bytes from the first on can be looked at."""
 
+    def take(self) -> "Future[None] | None":
+        """Take the room, before anything is written; a future is to be waited for. OSError where there is none."""
+
     def write(self, data: memoryview) -> "Future[None] | None":
         """Take the next bytes. A future is to be waited for before the next call; what it waits for may be older."""
 
@@ -53,10 +56,7 @@ class Room(Protocol):
 
 
 class Spool:
-    """Gives room for contributions: `memory_bytes` of it in memory, the rest in `folder`.
-
-    ProtocolError (507) when the disk is full, too.
-    """
+    """Gives room for contributions: `memory_bytes` of it in memory, the rest in `folder`."""
 
     def __init__(self, folder: Path, memory_bytes: int, submit: Submit) -> None:
         self.folder = folder
@@ -66,17 +66,13 @@ class Spool:
         self._submit = submit
 
     def room(self, num_bytes: int) -> Room:
-        """Room for so many bytes, none of which is written yet."""
+        """Room for so many bytes, which is still to be taken."""
         free = self.memory_bytes - self.memory_used
         if num_bytes <= free:
             return _Memory(self, num_bytes)
-        try:
-            if free < _WORTH_BYTES:
-                return _File(self, num_bytes, self._submit)
-            in_file = _File(self, num_bytes - free, self._submit)
-            return _Both(_Memory(self, free), in_file)
-        except OSError as error:
-            raise refusal(self.folder, error) from error
+        if free < _WORTH_BYTES:
+            return _File(self, num_bytes, self._submit)
+        return _Both(_Memory(self, free), _File(self, num_bytes - free, self._submit))
 
 
 def refusal(folder: Path, error: OSError) -> ProtocolError:
@@ -103,6 +99,9 @@ class _Memory:
         self._data = memoryview(self._map)
         self._at = 0
         spool.memory_used += num_bytes
+
+    def take(self) -> None:
+        """The system gives a page when it is written to."""
 
     @property
     def num_readable(self) -> int:
@@ -135,22 +134,36 @@ class _File:
     def __init__(self, spool: Spool, num_bytes: int, submit: Submit) -> None:
         self.num_bytes = num_bytes
         self._submit = submit
-        self._file = tempfile.TemporaryFile(dir=spool.folder, buffering=0)  # noqa: SIM115  closed by release
+        self._folder = spool.folder
+        self._file: IO[bytes] | None = None  # once it was taken
         self._map: mmap.mmap | None = None
-        try:
-            if num_bytes and hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(self._file.fileno(), 0, num_bytes)
-            else:
-                os.ftruncate(self._file.fileno(), num_bytes)
-        except OSError:
-            self._file.close()
-            raise
         self._spool: Spool | None = spool
         self._at = 0
         self._batch = bytearray()
         self._writing: Future[None] | None = None
         self.num_readable = 0
         spool.disk_used += num_bytes
+
+    def take(self) -> "Future[None]":
+        def take() -> None:
+            file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115  closed by release
+            try:
+                if self.num_bytes and hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, self.num_bytes)
+                else:
+                    os.ftruncate(file.fileno(), self.num_bytes)
+            except OSError:
+                file.close()
+                raise
+            self._file = file
+
+        self._writing = self._submit(take)
+        return self._writing
+
+    @property
+    def _descriptor(self) -> int:
+        assert self._file is not None, "its room was taken"
+        return self._file.fileno()
 
     def write(self, data: memoryview) -> "Future[None] | None":
         self._batch += data
@@ -170,7 +183,7 @@ class _File:
         self._batch, self._at = bytearray(), at + len(batch)
 
         def write() -> None:
-            _pwrite(self._file.fileno(), memoryview(batch), at)
+            _pwrite(self._descriptor, memoryview(batch), at)
             if before is not None:
                 before.result()
             self.num_readable = at + len(batch)
@@ -181,7 +194,7 @@ class _File:
         if not length:
             return _nothing()
         if self._map is None:
-            self._map = mmap.mmap(self._file.fileno(), self.num_bytes)
+            self._map = mmap.mmap(self._descriptor, self.num_bytes)
         return torch.frombuffer(self._map, dtype=torch.uint8, count=length, offset=start)
 
     def forget(self, start: int, length: int) -> None:
@@ -194,11 +207,13 @@ class _File:
             self._spool.disk_used -= self.num_bytes
             self._spool = None
             self._map = None
-            # Whoever waited for a write may be gone: closed under it, it would write into whatever is opened next.
-            if self._writing is None:
-                self._file.close()
-            else:
-                self._writing.add_done_callback(lambda _: self._file.close())
+            # Whoever waited for a thread may be gone: closed under it, it would write into whatever is opened next.
+            if self._writing is not None:
+                self._writing.add_done_callback(lambda _: self._close())
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
 
 
 class _Both:
@@ -213,6 +228,9 @@ class _Both:
     @property
     def num_readable(self) -> int:
         return self._memory.num_readable + self._file.num_readable
+
+    def take(self) -> "Future[None]":
+        return self._file.take()
 
     def write(self, data: memoryview) -> "Future[None] | None":
         first = data[: self._split - self._memory.num_readable]

@@ -38,9 +38,12 @@ def sharded(holding: Holding, numbers: Numbers) -> Tensor:
 
 
 def capture(fragments: Sequence[LocalFragment], flights: Mapping[int, Flight]) -> dict[str, Any]:
-    """The state of this rank's fragments."""
-    for under_way in flights.values():
-        under_way.exchange.wait_until_encoded()
+    """The state of this rank's fragments.
+
+    Ranks may hear different things of an exchange at different times: it is saved for the round that they last agreed
+    on, so that its parts are those of one contribution. Where that is closed by now, the server says so again.
+    """
+    encoded = {number: flight.exchange.encoded() for number, flight in flights.items()}
     anchor: dict[str, Tensor] = {}
     residual: dict[str, Tensor] = {}
     sent: dict[str, Tensor] = {}
@@ -54,12 +57,13 @@ def capture(fragments: Sequence[LocalFragment], flights: Mapping[int, Flight]) -
                 residual[name] = sharded(holding, fragment.residual)
             if flight is not None and flight.sent is not None:
                 sent[name] = sharded(holding, flight.sent)
-        for part in [*fragment.kept, *_of_flight(flight)]:
+        for part in [*fragment.kept, *encoded.get(fragment.number, ())]:
             own = part.identity
             parts[f"{own.fragment}.{own.round}.{own.part}"] = {
                 "worker": own.worker,
                 "header": part.header.to_json(),
                 "payload": part.payload,
+                "landed": part.landed,
             }
     return {
         "fragments": {str(each.number): {"number": each.number_of_version, "since": each.since} for each in fragments},
@@ -68,7 +72,7 @@ def capture(fragments: Sequence[LocalFragment], flights: Mapping[int, Flight]) -
         },
         "flights": {
             str(number): {
-                "round": flight.exchange.round,
+                "round": flight.exchange.agreed_round,
                 "begun": flight.begun,
                 "tokens": flight.tokens,
                 "steps": flight.steps,
@@ -82,12 +86,6 @@ def capture(fragments: Sequence[LocalFragment], flights: Mapping[int, Flight]) -
         "sent": sent,
         "parts": parts,
     }
-
-
-def _of_flight(flight: Flight | None) -> list[Part]:
-    if flight is None:
-        return []
-    return [part.moved_to(flight.exchange.round) for part in flight.exchange.parts]
 
 
 class Restored:
@@ -127,7 +125,7 @@ class Restored:
                 continue  # another rank has it
             fragment_number, round, number = map(int, key.split("."))
             identity = Identity(content["worker"], round, fragment_number, number)
-            part = Part(identity, Contribution.from_json(content["header"]), content["payload"])
+            part = Part(identity, Contribution.from_json(content["header"]), content["payload"], content["landed"])
             flight = self.flights.get(str(fragment_number))
             if flight is not None and round == int(flight["round"]):
                 self.parts.setdefault(fragment_number, []).append(part)

@@ -71,6 +71,8 @@ def said(capsys, monkeypatch, tmp_path):
         (["-n", "2", "--outer", "AdamW {bettas: 1}"], "bettas"),
         (["-n", "2", "--outer", "AdamW", "--no-nesterov"], "exclude each other"),
         (["-n", "2", "--dylu", "--round-seconds", "60"], "exclude each other"),
+        (["-n", "2", "--async", "--min-workers", "2"], "--async and --min-workers exclude each other"),
+        (["-n", "2", "--async", "--norm-guard", "clip"], "--async and --norm-guard exclude each other"),
         (["-n", "2", "--host", "0.0.0.0", "--no-auth"], "whoever reaches this machine"),
         (["-n", "2", "--host", "192.0.2.77"], "cannot listen on 192.0.2.77"),
         (["-n", "2", "--port", "99999"], "is not a port"),

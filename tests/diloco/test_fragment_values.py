@@ -1,11 +1,16 @@
 """What is sent of a fragment's values while they may change."""
 
+from contextlib import suppress
+
 import pytest
 import torch
 
 from forgather.diloco.combine import Change
-from forgather.diloco.fragment_values import ChangedError, FragmentValues
+from forgather.diloco.downloads import FIRST_S, LONGEST_S, ChangedError, Downloads
+from forgather.diloco.first_values import spool_budget
+from forgather.diloco.fragment_values import FragmentValues
 from forgather.diloco.messages import Slice, Version, WantValues
+from forgather.diloco.outer import DelayedNesterov, Nesterov, TorchOuter
 
 START = Version(0, "start")
 ALL = [Slice("w", (0, 0), (1000, 1000))]
@@ -67,3 +72,75 @@ def test_digests_are_of_the_values_as_they_are() -> None:
     before = values.digest(ALL[0])
     assert values.digest(ALL[0]) == before
     assert advanced(values).digest(ALL[0]) != before
+
+
+@pytest.mark.parametrize("download", ["bf16", "int8", "int4"])
+def test_a_part_of_a_change_is_sent_as_views_and_is_what_the_codec_cuts_out(download: str) -> None:
+    values = advanced(fragment(download))
+    assert values.change is not None
+    cut = Slice("w", (10, 0), (900, 1000))
+    answer = values.answer(WantValues([cut], 0, START))
+    assert answer.ranges is not None
+    blocks = list(answer.blocks())
+    body = b"".join(blocks)[len(answer.head) :]
+    encoder, ((start, stop),) = values.change.codec, answer.ranges[0]
+    expected = torch.empty(encoder.encoded_bytes(stop - start), dtype=torch.uint8)
+    encoder.cut(values.change.of("w"), 1_000_000, start, stop, expected)
+    assert body == bytes(expected.numpy())
+    first = values.change.data.data_ptr()
+    views = [block for block in blocks if isinstance(block, memoryview)]
+    for view in views:
+        assert first <= torch.frombuffer(view, dtype=torch.uint8).data_ptr() < first + values.change.data.nbytes
+    assert len(body) - sum(map(len, views)) < 300_000  # what is left over of each piece is small
+
+
+class TestDownloads:
+    """What a new version waits for."""
+
+    def broken(self, downloads: Downloads, worker: str, times: int, slices: list[Slice] = ALL) -> None:
+        for _ in range(times):
+            with pytest.raises(ChangedError), downloads.sending(worker, slices, is_change=False):
+                raise ChangedError
+
+    def test_one_that_was_broken_off_is_waited_for_the_next_time_and_longer_each_time(self) -> None:
+        downloads = Downloads()
+        with downloads.sending("a", ALL, is_change=False):
+            assert downloads.waited_for(changes=False) == {}
+        for times in range(1, 4):
+            self.broken(downloads, "a", 1)
+            assert downloads.waited_for(changes=False) == {}  # it has not come again
+            with suppress(ConnectionError), downloads.sending("a", ALL, is_change=False):
+                assert downloads.waited_for(changes=False) == {"a": FIRST_S * 2 ** (times - 1)}
+                raise ConnectionError
+        self.broken(downloads, "a", 100)
+        with downloads.sending("a", ALL, is_change=True):
+            assert downloads.waited_for(changes=False) == {"a": LONGEST_S}
+        with downloads.sending("a", ALL, is_change=False):
+            assert downloads.waited_for(changes=False) == {}  # it has had one
+
+    def test_each_rank_of_a_worker_has_its_own(self) -> None:
+        downloads = Downloads()
+        others = [Slice("w", (0, 0), (1, 1000))]
+        self.broken(downloads, "a", 1)
+        with downloads.sending("a", others, is_change=False):
+            assert downloads.waited_for(changes=False) == {}
+        with downloads.sending("a", ALL, is_change=False):
+            assert downloads.waited_for(changes=False) == {"a": FIRST_S}
+
+    def test_only_changes_are_harmed_by_the_making_of_a_version(self) -> None:
+        downloads = Downloads()
+        self.broken(downloads, "a", 1)
+        with downloads.sending("a", ALL, is_change=False):
+            assert downloads.waited_for(changes=True) == {}
+        self.broken(downloads, "a", 1)
+        with downloads.sending("a", ALL, is_change=True):
+            assert downloads.waited_for(changes=True) == {"a": FIRST_S}
+
+
+def test_memory_for_contributions_is_what_the_outer_optimizers_state_leaves() -> None:
+    values = [FragmentValues({"w": torch.zeros(40 << 20)}, START, "fp32")]  # 160 MiB
+    largest, model = 160 << 20, 160 << 20
+    assert spool_budget(values, 0) == 2 * model - largest
+    assert spool_budget(values, 1) == spool_budget(values, 2) == 64 << 20
+    assert [Nesterov().num_states, Nesterov(momentum=0.0).num_states, DelayedNesterov().num_states] == [1, 0, 2]
+    assert [TorchOuter("AdamW", lr=0.1).num_states, TorchOuter("SGD", lr=0.1).num_states] == [2, 0]

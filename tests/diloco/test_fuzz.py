@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from forgather.diloco.messages import pack_header
-from tests.diloco.running_server import RunningServer, running_server
+from tests.diloco.running_server import RunningServer, running_server, settings_of
 from tests.diloco.speaking import Speaker, ask
 from tests.diloco.test_server import HELD, come, put_head, values
 
@@ -76,11 +76,28 @@ def test_contributions_that_are_none(tmp_path: Path) -> None:
             assert status in (0, 200, 400, 408, 409, 413, 422), body[:300]
             seen.add(status)
         assert {400, 422} <= seen
-        server.call(lambda: server.coordinator.kick("a"))  # with what was held of it
+        server.call(lambda: server.coordinator.controls.kick("a"))  # with what was held of it
         require_unharmed(server)
         b, c = come(server, "b", "c")
         b.contribute(0, values(1))
         assert c.contribute(0, values(1)).json == HELD
+
+
+def test_rows_that_nobody_has_had(tmp_path: Path) -> None:
+    """They would end the order of the rows, or keep the ledger busy for ever."""
+    generator = random.Random(3)
+    with running_server(tmp_path, values(0), settings_of(values(0), work_units=5), num_workers=2) as server:
+        worker = come(server, "a")[0]
+        question = {"worker": "a", "sequence": 0, "rows": 10, "order": "o", "at_least": 2, "held": []}
+        assert ask(server, "POST", "/v1/units", question, key=worker.key).json["leases"] == [[0, 2]]
+        before = server.status()["ledger"]
+        for _ in range(50):
+            first, length = generator.choice([0, 1, 2, 2**40, 2**61]), generator.choice([3, 10**6, 2**61])
+            assert worker.contribute(0, values(1), consumed={str(first): length}).status == 422
+        assert worker.contribute(0, values(1), consumed={str(row): 1 for row in range(70_000)}).status == 422
+        assert server.status()["ledger"] == before
+        require_unharmed(server)
+        assert worker.contribute(0, values(1), consumed={"0": 2}).json == HELD
 
 
 def test_requests_that_are_none(tmp_path: Path) -> None:

@@ -1,17 +1,20 @@
 """The server over its wire: what workers bring becomes what all get, and what nobody should bring is refused."""
 
+import json
 import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from forgather.checkpoint.store import CheckpointStore
 from forgather.diloco.combine import Guard
-from forgather.diloco.messages import Slice, Version, pack_header
+from forgather.diloco.messages import Slice, Version, WantValues, pack_header
 from forgather.diloco.outer import DelayedNesterov, Nesterov
 from forgather.errors import ConfigError
 from tests.diloco.running_server import RunningServer, running_server, settings_of
@@ -457,10 +460,115 @@ def test_commands_are_relayed_and_a_drained_server_ends_when_all_have_left(tmp_p
         until(server.coordinator.stopped.is_set)
 
 
+def test_a_drained_server_counts_what_has_come_before_it_ends(tmp_path: Path) -> None:
+    """The last worker leaves while others' contributions are still waiting for their turn."""
+    go_on = threading.Event()
+
+    class Slow(Nesterov):
+        def step(self, name: str, master: Tensor, mean: Tensor) -> None:
+            assert go_on.wait(20)
+            super().step(name, master, mean)
+
+    settings = settings_of(one(0.0), mode="async")
+    with running_server(tmp_path, one(0.0), settings, Slow(1.0, 0.0), num_workers=3) as server:
+        a, b = come(server, "a", "b")  # of the three that are awaited
+        for worker in (a, b):
+            worker.contribute(0, one(1.0))
+        ask(server, "POST", "/v1/control/drain")
+        until(lambda: server.call(lambda: bool(server.coordinator.rounds.rounds[0].closing)))
+        assert a.leave().status == b.leave().status == 200
+        time.sleep(0.6)  # twice as long as it takes to see that all have left
+        assert not server.coordinator.stopped.is_set()
+        go_on.set()
+        until(server.coordinator.stopped.is_set)
+    with running_server(tmp_path, one(0.0), settings) as server:
+        assert server.status()["versions"] == [2]
+
+
+def test_while_a_server_drains_those_it_knows_may_come_back_and_are_told_and_others_may_not(tmp_path: Path) -> None:
+    with running_server(tmp_path, one(0.0), settings_of(one(0.0), lease_s=0.4), num_workers=2) as server:
+        a, b = come(server, "a", "b")
+        until(lambda: a.beat().status == 200 and server.status()["workers"]["b"]["state"] == "dead")
+        ask(server, "POST", "/v1/control/drain")
+        assert Speaker(server, "c").register().status == 503
+        assert Speaker(server, "b", "another-key-0123456789").register().status == 503
+        assert b.register().status == 200
+        assert b.beat(heard=0).json["command"] == "drain"
+        assert b.leave().status == 200
+        assert b.register().status == 503  # it has been told
+        a.leave()
+        until(server.coordinator.stopped.is_set)
+
+
+def test_what_an_operator_removes_while_a_disk_is_waited_for_does_not_end_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_saving, go_on = threading.Event(), threading.Event()
+    save = CheckpointStore.save
+
+    def slowly(self: CheckpointStore, *arguments: object) -> object:
+        is_saving.set()
+        assert go_on.wait(20)
+        return save(self, *arguments)  # type: ignore[arg-type]
+
+    with running_server(tmp_path, one(0.0), num_workers=2) as server:
+        a, b = come(server, "a", "b")
+        monkeypatch.setattr(CheckpointStore, "save", slowly)
+        saving = threading.Thread(target=lambda: ask(server, "POST", "/v1/control/save"))
+        saving.start()
+        assert is_saving.wait(10)
+        a.contribute(0, one(1.0))
+        b.contribute(0, one(5.0))  # the round is to be closed, and waits for the save
+        ask(server, "POST", "/v1/control/kick", {"worker": "b"})
+        go_on.set()
+        saving.join(10)
+        _, held = a.taken(one(0.0), whole(one(0.0)), at_least=1)
+        assert torch.equal(held["w"], torch.full((3,), -1.0))
+        assert server.status()["trouble"] is None
+
+
+def test_a_version_waits_for_a_slow_answer_that_was_broken_off_before(tmp_path: Path) -> None:
+    large = {"w": torch.zeros(4 << 20)}  # more than the network keeps for one that does not read
+    with running_server(tmp_path, large) as server:
+        worker = come(server, "a")[0]
+        want = WantValues(whole(large), 0).to_json()
+        body = json.dumps(want).encode()
+
+        def begin_to_read() -> socket.socket:
+            connection = socket.create_connection((server.host, server.port), timeout=20)
+            connection.sendall(
+                f"POST /v1/values/0 HTTP/1.1\r\nHost: server\r\nContent-Length: {len(body)}\r\n"
+                f"Authorization: Bearer {server.token}\r\nX-Worker-Key: {worker.key}\r\n\r\n".encode()
+                + body
+            )
+            assert connection.recv(1) == b"H"
+            return connection
+
+        def rest_of(connection: socket.socket) -> int:
+            length = 1
+            with connection, suppress(ConnectionError):
+                while data := connection.recv(1 << 20):
+                    length += len(data)
+                    if length > large["w"].nbytes:
+                        break
+            return length
+
+        first = begin_to_read()
+        worker.contribute(0, {"w": torch.ones(4 << 20)})
+        until(lambda: server.status()["versions"] == [1])
+        assert rest_of(first) < large["w"].nbytes
+        second = begin_to_read()
+        worker.contribute(1, {"w": torch.ones(4 << 20)})
+        until(lambda: server.call(lambda: bool(server.coordinator.rounds.rounds[0].closing)))
+        assert server.status()["versions"] == [1]
+        assert rest_of(second) > large["w"].nbytes
+        until(lambda: server.status()["versions"] == [2])
+
+
 @pytest.mark.training_case(69)
 def test_an_asynchronous_server_applies_each_contribution_alone(tmp_path: Path) -> None:
     settings = settings_of(one(0.0), mode="async")
-    with running_server(tmp_path, one(0.0), settings, num_workers=3, staleness=lambda _: 1.0) as server:
+    with running_server(tmp_path, one(0.0), settings, num_workers=2, staleness=lambda _: 1.0) as server:
         w0, w1 = come(server, "w0", "w1")
         for round, (moved, expected) in enumerate(((1.0, -1.0), (2.0, -3.0))):
             assert w0.contribute(round, one(moved)).json == HELD

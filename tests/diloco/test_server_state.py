@@ -22,9 +22,9 @@ from forgather.checkpoint.storage import read_tensor
 from forgather.cli.main import main
 from forgather.diloco import publisher
 from forgather.diloco.fragment_values import FragmentValues
+from forgather.diloco.journal import Journal, Made
 from forgather.diloco.messages import Settings, Version
 from forgather.diloco.outer import DelayedNesterov, Nesterov
-from forgather.diloco.server_state import Journal
 from forgather.errors import CheckpointError
 from tests.diloco.running_server import RunningServer, running_server, settings_of
 from tests.diloco.speaking import Reply, Speaker, ask, whole
@@ -287,29 +287,41 @@ class TestSavingEveryFewVersions:
             assert server.status()["versions"] == [2]
 
 
+def made(*contributors: tuple[str, int], lr: float = 0.7) -> Made:
+    return Made(list(contributors), {"lr": lr})
+
+
 class TestJournal:
     def test_it_has_what_a_state_lacks_in_order(self, tmp_path: Path) -> None:
         journal = Journal(tmp_path / "journal")
         versions = [Version(2, "x"), Version(0, "y")]
         assert journal.after(versions) == [[], []]
         for fragment, number, who in ((0, 2, "old"), (0, 3, "a"), (1, 1, "b"), (0, 4, "c")):
-            journal.add(fragment, Version(number, "z"), [(who, number - 1)])
-        assert journal.after(versions) == [[[("a", 2)], [("c", 3)]], [[("b", 0)]]]
-        with journal.path.open("ab") as file:
-            file.write(b"[0, [5, ")  # it was killed while it wrote
-        assert journal.after(versions) == [[[("a", 2)], [("c", 3)]], [[("b", 0)]]]
+            journal.add(fragment, Version(number, "z"), made((who, number - 1)))
+        assert journal.after(versions) == [[made(("a", 2)), made(("c", 3))], [made(("b", 0))]]
         journal.clear()
         assert journal.after(versions) == [[], []]
+
+    def test_a_line_that_a_killed_server_has_not_finished_is_cut_off_so_that_others_can_follow(
+        self, tmp_path: Path
+    ) -> None:
+        journal = Journal(tmp_path / "journal")
+        journal.add(0, Version(1, "z"), made(("a", 0)))
+        with journal.path.open("ab") as file:
+            file.write(b"[0, [5, ")
+        assert journal.after([Version(0, "")]) == [[made(("a", 0))]]
+        journal.add(0, Version(2, "z"), made(("a", 1)))
+        assert journal.after([Version(0, "")]) == [[made(("a", 0)), made(("a", 1))]]
 
     def test_rounds_that_were_made_again_as_they_were_change_nothing_and_others_end_what_came_after(
         self, tmp_path: Path
     ) -> None:
         journal = Journal(tmp_path / "journal")
         for number, who in ((1, "a"), (2, "b"), (1, "a")):
-            journal.add(0, Version(number, "z"), [(who, number - 1)])
-        assert journal.after([Version(0, "")]) == [[[("a", 0)], [("b", 1)]]]
-        journal.add(0, Version(1, "z"), [("c", 0)])
-        assert journal.after([Version(0, "")]) == [[[("c", 0)]]]
+            journal.add(0, Version(number, "z"), made((who, number - 1)))
+        assert journal.after([Version(0, "")]) == [[made(("a", 0)), made(("b", 1))]]
+        journal.add(0, Version(1, "z"), made(("c", 0)))
+        assert journal.after([Version(0, "")]) == [[made(("c", 0))]]
 
     def test_a_line_that_is_none_is_told(self, tmp_path: Path) -> None:
         (tmp_path / "journal").write_text("nonsense\n")
@@ -320,15 +332,92 @@ class TestJournal:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         journal = Journal(tmp_path / "journal")
-        journal.add(0, Version(1, "z"), [("a", 0)])
+        journal.add(0, Version(1, "z"), made(("a", 0)))
 
         def full(descriptor: int) -> None:
             raise FULL
 
         monkeypatch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space"):
-            journal.add(0, Version(2, "z"), [("a", 1)])
-        assert journal.after([Version(0, "")]) == [[[("a", 0)]]]
+            journal.add(0, Version(2, "z"), made(("a", 1)))
+        assert journal.after([Version(0, "")]) == [[made(("a", 0))]]
+
+
+def test_what_can_be_seen_of_a_version_that_is_not_published_is_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record takes rows of the history by the number of versions: a row too early would be one too many."""
+    is_writing, go_on = threading.Event(), threading.Event()
+    add = Journal.add
+
+    def slowly(self: Journal, *arguments: Any) -> None:
+        is_writing.set()
+        assert go_on.wait(20)
+        add(self, *arguments)
+
+    monkeypatch.setattr(Journal, "add", slowly)
+    with running_server(tmp_path, one(0.0)) as server:
+        worker = come(server, "a")[0]
+        worker.contribute(0, one(1.0))
+        assert is_writing.wait(10)
+        status = server.status()
+        assert (status["versions"], status["history"]) == ([0], [])
+        go_on.set()
+        worker.taken(one(0.0), whole(one(0.0)), at_least=1)
+        assert [each["version"] for each in server.status()["history"]] == [1]
+
+
+def test_what_somebody_made_who_has_left_is_saved_at_once(tmp_path: Path) -> None:
+    with running_server(tmp_path, one(0.0), num_workers=2, save_every=100) as server:
+        a, b = come(server, "a", "b")
+        b.contribute(0, one(1.0))
+        b.leave()
+        a.contribute(0, one(1.0))
+        until(lambda: server.status()["durable"] == [1])
+        a.contribute(1, one(1.0))
+        a.taken(one(0.0), whole(one(0.0)), at_least=2)
+        assert server.status()["durable"] == [1]  # whoever is there can bring it again
+
+
+class TestRatesThatAnOperatorHasSet:
+    def test_versions_are_made_again_with_the_rates_that_they_had(self, tmp_path: Path) -> None:
+        arguments: dict[str, Any] = {"save_every": 100}
+        with running_server(tmp_path / "one", one(0.0), outer=Nesterov(), **arguments) as server:
+            worker = come(server, "a")[0]
+            for round, rate in enumerate((0.5, 0.25, 0.125)):
+                assert ask(server, "POST", "/v1/control/set", {"outer_lr": rate}).status == 200
+                if round == 2:
+                    shutil.copytree(tmp_path / "one", tmp_path / "copy")
+                worker.contribute(round, one(1.0))
+                worker.taken(one(0.0), whole(one(0.0)), at_least=round + 1)
+                if round == 1:
+                    version = server.coordinator.fragments[0].version
+                    expected = server.published("w")
+        with running_server(tmp_path / "copy", one(0.0), outer=Nesterov(), **arguments) as server:
+            worker = come(server, "a")[0]
+            for round in range(2):
+                assert worker.contribute(round, one(1.0)).json == HELD
+                again, held = worker.taken(one(0.0), whole(one(0.0)), at_least=round + 1)
+            assert again == version
+            assert torch.equal(held["w"], expected)
+            assert server.coordinator.outer.lr == 0.7  # type: ignore[attr-defined]  # from here on
+
+    def test_they_hold_after_a_restart_until_the_flags_say_something_else(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with running_server(tmp_path, one(0.0), outer=Nesterov()) as server:
+            ask(server, "POST", "/v1/control/set", {"outer_lr": 0.5, "outer_momentum": 0.0})
+            worker = come(server, "a")[0]
+            worker.contribute(0, one(1.0))
+            worker.taken(one(0.0), whole(one(0.0)), at_least=1)
+        for _ in range(2):
+            with running_server(tmp_path, one(0.0), outer=Nesterov()) as server:
+                assert server.coordinator.publisher.rates.in_force == {"lr": 0.5, "momentum": 0.0}
+            assert "outer_lr is 0.5, as it was set; the flag says 0.7" in capsys.readouterr().err
+        with running_server(tmp_path, one(0.0), outer=Nesterov(0.6)) as server:
+            assert server.coordinator.publisher.rates.in_force == {"lr": 0.6, "momentum": 0.9}
+        said = capsys.readouterr().err
+        assert "the outer optimizer is SGD, lr 0.6, Nesterov momentum 0.9; it was averaging, lr 0.5" in said
 
 
 class TestFullDisk:
@@ -490,11 +579,11 @@ def test_work_units_are_leased_counted_and_survive(tmp_path: Path) -> None:
         worker = come(server, "a")[0]
 
         def unit(sequence: int) -> Any:
-            request = {"worker": "a", "sequence": sequence, "rows": 10, "order": "o", "at_least": 1}
+            request = {"worker": "a", "sequence": sequence, "rows": 10, "order": "o", "at_least": 1, "held": []}
             return ask(server, "POST", "/v1/units", request, key=worker.key).json["leases"]
 
         first, second = unit(0), unit(1)
-        assert (first, second) == ([[0, 2]], [[2, 2]])
+        assert (first, second) == ([[0, 2]], [[2, 4]])
         assert unit(0) == first
         worker.contribute(0, one(1.0), consumed={"0": 2})
         worker.taken(one(0.0), whole(one(0.0)), at_least=1)

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from forgather.diloco.messages import ProtocolError
-from forgather.diloco.spool import Room, Spool
+from forgather.diloco.spool import Room, Spool, refusal
 
 MIB = 1 << 20
 
@@ -21,7 +20,14 @@ def submit():
         yield pool.submit
 
 
+def taken(room: Room) -> Room:
+    if (taking := room.take()) is not None:
+        taking.result(10)
+    return room
+
+
 def put(room: Room, data: bytes, step: int = 100_000) -> None:
+    taken(room)
     for start in range(0, len(data), step):
         written = room.write(memoryview(data)[start : start + step])
         if written is not None:
@@ -83,21 +89,25 @@ def test_a_view_stays_good_when_its_room_is_given_back(tmp_path: Path, submit: C
 def test_a_file_is_not_closed_under_a_thread_that_writes_to_it(tmp_path: Path) -> None:
     """Its number might be another file's by then."""
     waiting: list[Callable[[], None]] = []
-    written: Future[None] = Future()
+    futures: list[Future[None]] = []
 
     def submit(write: Callable[[], None]) -> "Future[None]":
         waiting.append(write)
-        return written
+        futures.append(Future())
+        return futures[-1]
 
     room = Spool(tmp_path, 0, submit).room(2 * MIB)
-    assert room.write(memoryview(bytes(2 * MIB))) is None
-    assert room.finish() is written
+    assert room.take() is futures[0]
+    waiting[0]()
+    futures[0].set_result(None)
+    room.write(memoryview(bytes(2 * MIB)))
+    assert room.finish() is futures[1]
     assert room.num_readable == 0
     room.release()
-    waiting[0]()
-    written.set_result(None)
+    waiting[1]()
+    futures[1].set_result(None)
     with pytest.raises(ValueError, match="closed file"):
-        waiting[0]()
+        waiting[1]()
 
 
 def test_what_is_written_out_of_order_can_be_looked_at_when_all_before_it_is_there(tmp_path: Path) -> None:
@@ -111,6 +121,9 @@ def test_what_is_written_out_of_order_can_be_looked_at_when_all_before_it_is_the
             return futures[-1]
 
         room = Spool(tmp_path, 0, submit).room(2 * MIB)
+        room.take()
+        writes.pop()()
+        futures.pop().set_result(None)
         for _ in range(2):
             room.write(memoryview(bytes(MIB)))
         second = pool.submit(writes[1])
@@ -133,7 +146,31 @@ def test_a_full_disk_is_told_before_anything_is_read(
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     spool = Spool(tmp_path, 0, submit)
-    with pytest.raises(ProtocolError, match="disk is full") as refused:
-        spool.room(MIB)
-    assert refused.value.status == 507
+    room = spool.room(MIB)
+    with pytest.raises(OSError, match="No space") as told:
+        taken(room)
+    assert refusal(tmp_path, told.value).status == 507
+    room.release()
     assert spool.disk_used == 0
+
+
+def num_open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_a_file_that_a_thread_is_still_making_is_closed_when_it_is_there(tmp_path: Path) -> None:
+    waiting: list[Callable[[], None]] = []
+    made: Future[None] = Future()
+
+    def submit(make: Callable[[], None]) -> "Future[None]":
+        waiting.append(make)
+        return made
+
+    room = Spool(tmp_path, 0, submit).room(MIB)
+    room.take()
+    before = num_open_files()
+    room.release()  # whoever sent it has gone
+    waiting[0]()
+    assert num_open_files() == before + 1
+    made.set_result(None)
+    assert num_open_files() == before

@@ -1,0 +1,85 @@
+"""One line for each version that is published before it is saved: who made it, fsynced before anybody hears of it.
+
+A server that comes back from an older state lets the same contributions close the same rounds, at the same rates.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from forgather.checkpoint.part import write_all
+from forgather.diloco.messages import Version, parse_json
+from forgather.durable import sync
+from forgather.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Made:
+    """What made a version: contributions, by worker and round, and the rates of the outer optimizer."""
+
+    contributors: Sequence[tuple[str, int]]
+    rates: Mapping[str, float]
+
+
+class Journal:
+    """The lines in the file `path`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def add(self, fragment: int, version: Version, made: Made) -> None:
+        """Return when it is on the disk. OSError when that cannot be; then there is no such line."""
+        content = [fragment, version.to_json(), [list(each) for each in made.contributors], dict(made.rates)]
+        is_new = not self.path.exists()
+        with self.path.open("ab", buffering=0) as file:
+            before = file.tell()
+            try:
+                write_all(file.fileno(), memoryview(json.dumps(content).encode() + b"\n"))
+                os.fsync(file.fileno())
+            except OSError:
+                os.ftruncate(file.fileno(), before)
+                raise
+        if is_new:
+            sync(self.path.parent)
+
+    def clear(self) -> None:
+        """All of its rounds are in a checkpoint."""
+        self.path.unlink(missing_ok=True)
+
+    def after(self, versions: Sequence[Version]) -> list[list[Made]]:
+        """For each fragment what made the versions that come after these, in order.
+
+        Lines that are of other values than these are of no use, and passed over. One that was not finished, by a server
+        that was killed, is cut off: another could not be read behind it.
+        """
+        rounds: list[list[Made]] = [[] for _ in versions]
+        if not self.path.exists():
+            return rounds
+        *lines, torn = self.path.read_bytes().split(b"\n")
+        if torn:
+            self._cut(len(torn))
+        for line in lines:
+            fragment, number, made = self._read(line)
+            place = number - versions[fragment].number - 1
+            if 0 <= place <= len(rounds[fragment]) and rounds[fragment][place : place + 1] != [made]:
+                # What was made again as it was is nothing new; if others made it, what came after is not to come again.
+                rounds[fragment][place:] = [made]
+        return rounds
+
+    def _read(self, line: bytes) -> tuple[int, int, Made]:
+        try:
+            fragment, version, contributors, rates = parse_json(line)
+            found = [(str(worker), int(round)) for worker, round in contributors]
+            made = Made(found, {str(name): float(rate) for name, rate in rates.items()})
+            return int(fragment), Version.from_json(version).number, made
+        except Exception as error:
+            raise CheckpointError(
+                f"{self.path} is damaged: {line[:60]!r}", fix=f"remove it, to go on without: {self.path}"
+            ) from error
+
+    def _cut(self, num_bytes: int) -> None:
+        with self.path.open("r+b", buffering=0) as file:
+            file.truncate(self.path.stat().st_size - num_bytes)
+            os.fsync(file.fileno())
