@@ -96,6 +96,7 @@ class BackgroundWriter:
         self._descriptor = _anonymous_memory()
         self._items: Sequence[Item] = ()
         self._views: list[Tensor] = []
+        self._memory = torch.empty(0, dtype=torch.uint8)  # all that is taken of it, as it is mapped here
         self._pinned: Tensor | None = None
         self._answers: list[Answer] = []
         self._job: WritePart | None = None
@@ -171,21 +172,35 @@ class BackgroundWriter:
         self._answers.append(Failed(job.number, error))
 
     def _arrange(self, items: Sequence[Item], *, pin: bool) -> None:
-        """Let the memory have a place for each item."""
-        self._unpin()
+        """Let the memory have a place for each item.
+
+        It is mapped and pinned anew only when it must grow, which costs a touch of each page; what hooks give may be
+        other items at each save.
+        """
         num_bytes = max(1, items[-1].at + items[-1].length) if items else 1
+        known = dict(zip(self._items, self._views, strict=True))
+        if num_bytes > self._memory.nbytes:
+            self._grow(num_bytes)
+            known = {}
+        if pin and self._pinned is None:
+            size = self._memory.nbytes
+            _require_pinned(_cudart().cudaHostRegister(self._memory.data_ptr(), size, 0), size)
+            self._pinned = self._memory
+        self._views = [known[item] if item in known else self._view(item) for item in items]
+        self._items = items
+        self._send(Layout(items, num_bytes))
+
+    def _grow(self, num_bytes: int) -> None:
+        self._unpin()
+        self._items, self._views = (), []
         os.ftruncate(self._descriptor, num_bytes)
         populate = getattr(mmap, "MAP_POPULATE", 0)
         memory = mmap.mmap(self._descriptor, num_bytes, flags=mmap.MAP_SHARED | populate)
-        whole = torch.frombuffer(memory, dtype=torch.uint8)
-        self._views = [
-            whole[item.at : item.at + item.length].view(getattr(torch, item.dtype)).view(item.sizes) for item in items
-        ]
-        if pin:
-            _require_pinned(_cudart().cudaHostRegister(whole.data_ptr(), whole.nbytes, 0), num_bytes)
-            self._pinned = whole
-        self._items = items
-        self._send(Layout(items, num_bytes))
+        self._memory = torch.frombuffer(memory, dtype=torch.uint8)
+
+    def _view(self, item: Item) -> Tensor:
+        memory = self._memory[item.at : item.at + item.length]
+        return memory.view(getattr(torch, item.dtype)).view(item.sizes)
 
     def _unpin(self) -> None:
         if self._pinned is not None:

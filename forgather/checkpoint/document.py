@@ -27,34 +27,36 @@ def split(value: Any, path: str) -> tuple[Json, dict[str, torch.Tensor]]:
     anything else, and where the paths of two tensors are one.
     """
     tensors: dict[str, torch.Tensor] = {}
+    return _split(value, path, tensors), tensors
 
-    def convert(value: Any, path: str) -> Json:
-        if isinstance(value, torch.Tensor):
-            if path in tensors:
-                raise CheckpointError(
-                    f"the state has two tensors that would both be saved as {path}",
-                    fix="let keys in its state_dict() have no '/', and not be equal as text (1 and '1')",
-                )
-            tensors[path] = value
-            return {_TENSOR: path}
-        if isinstance(value, float) and not math.isfinite(value):
-            return {_FLOAT: str(value)}  # JSON has no infinity, and not every reader takes Python's
-        if value is None or isinstance(value, bool | int | float | str):
-            return value
-        if isinstance(value, list):
-            return [convert(item, f"{path}/{number}") for number, item in enumerate(value)]
-        if isinstance(value, tuple):
-            return {_TUPLE: [convert(item, f"{path}/{number}") for number, item in enumerate(value)]}
-        if isinstance(value, Mapping) and all(isinstance(key, str | int) for key in value):
-            if all(isinstance(key, str) and not key.startswith("__") for key in value):
-                return {key: convert(item, f"{path}/{key}") for key, item in value.items()}
-            return {_ITEMS: [[key, convert(item, f"{path}/{key}")] for key, item in value.items()]}
-        raise CheckpointError(
-            f"the state {path} holds a {type(value).__name__}, which a checkpoint does not carry",
-            fix="let its state_dict() give numbers, strings, tensors, and lists, tuples and dicts of these",
-        )
 
-    return convert(value, path), tensors
+# No function within `split`: one that calls itself lives, with the tensors that it knows, until the next collection of
+# garbage, and a hook's may be a copy of the model.
+def _split(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Json:
+    if isinstance(value, torch.Tensor):
+        if path in tensors:
+            raise CheckpointError(
+                f"the state has two tensors that would both be saved as {path}",
+                fix="let keys in its state_dict() have no '/', and not be equal as text (1 and '1')",
+            )
+        tensors[path] = value
+        return {_TENSOR: path}
+    if isinstance(value, float) and not math.isfinite(value):
+        return {_FLOAT: str(value)}  # JSON has no infinity, and not every reader takes Python's
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list):
+        return [_split(item, f"{path}/{number}", tensors) for number, item in enumerate(value)]
+    if isinstance(value, tuple):
+        return {_TUPLE: [_split(item, f"{path}/{number}", tensors) for number, item in enumerate(value)]}
+    if isinstance(value, Mapping) and all(isinstance(key, str | int) for key in value):
+        if all(isinstance(key, str) and not key.startswith("__") for key in value):
+            return {key: _split(item, f"{path}/{key}", tensors) for key, item in value.items()}
+        return {_ITEMS: [[key, _split(item, f"{path}/{key}", tensors)] for key, item in value.items()]}
+    raise CheckpointError(
+        f"the state {path} holds a {type(value).__name__}, which a checkpoint does not carry",
+        fix="let its state_dict() give numbers, strings, tensors, and lists, tuples and dicts of these",
+    )
 
 
 def join(document: Json, tensors: Mapping[str, torch.Tensor], *, partly: bool = False) -> Any:

@@ -9,8 +9,9 @@ which is wrong where FSDP and tensor parallelism cut one dimension (`_StridedSha
 share a name without a look at whether they are the same, and plan anew, over all ranks, at each save.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
 
@@ -22,6 +23,8 @@ from forgather.checkpoint.part import Item, place
 from forgather.distributed.collectives import gather_objects, rank
 from forgather.errors import CheckpointError
 from forgather.tensor_boxes import Box, local_box
+
+_OF_HOOKS = "extras/"
 
 
 @dataclass(frozen=True)
@@ -47,33 +50,69 @@ class SavePlan:
 
 
 class Plans:
-    """The plan of this rank, and whether it is still the right one."""
+    """The plan of this rank, and whether it is still the right one.
+
+    What hooks give has a plan of its own: their tensors may have other names at each save, and the model and its
+    optimizer, which are all the rest, need not be planned anew for that.
+    """
 
     def __init__(self) -> None:
+        self._halves = {True: _Half(), False: _Half()}  # what hooks give, and the rest
         self._plan: SavePlan | None = None
-        self._held: dict[str, Held] = {}
-        self._tensors: dict[str, Tensor] = {}
 
     @property
     def plan(self) -> SavePlan:
         assert self._plan is not None, "a plan is made before it is used"
         return self._plan
 
+    def stale(self, tensors: Mapping[str, Tensor]) -> frozenset[bool]:
+        """Which halves of the plan were made for tensors of other names or kinds."""
+        halves = _halves(tensors)
+        return frozenset(
+            is_of_hooks for is_of_hooks, half in self._halves.items() if not half.holds(halves[is_of_hooks])
+        )
+
+    def make(self, tensors: Mapping[str, Tensor], stale: Iterable[bool] = (False, True)) -> None:
+        """Plan these halves for these tensors. Collective, and `stale` the same on all ranks."""
+        halves = _halves(tensors)
+        for is_of_hooks in sorted(stale):
+            self._halves[is_of_hooks].make(halves[is_of_hooks])
+        model, hooks = self._halves[False].plan, self._halves[True].plan
+        # Behind the model and optimizer, whose places stay what they are.
+        behind = place([model.items[-1].at + model.items[-1].length])[-1] if model.items else 0
+        items = [*model.items, *(replace(item, at=item.at + behind) for item in hooks.items)]
+        self._plan = SavePlan(items, [*model.copies, *hooks.copies])
+
+
+class _Half:
+    """Some of the tensors: the plan for them, and what it was made for."""
+
+    def __init__(self) -> None:
+        self.plan = SavePlan((), ())
+        self._held: dict[str, Held] | None = None
+        # To know a tensor again is all that is wanted of it: a hook's may be a copy of the model, made for one save.
+        self._known: dict[str, weakref.ref[Tensor]] = {}
+
     def make(self, tensors: Mapping[str, Tensor]) -> None:
-        """Make a plan for these tensors. Collective."""
-        self._held = held(tensors)
-        self._plan = make_plan(self._held)
-        self._tensors = dict(tensors)
+        here = held(tensors)
+        self.plan = make_plan(here)
+        self._held = here
+        self._known = {name: weakref.ref(tensor) for name, tensor in tensors.items()}
 
     def holds(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether the plan was made for tensors of these names and kinds."""
-        if self._plan is None or tensors.keys() != self._tensors.keys():
+        here = self._held
+        if here is None or tensors.keys() != here.keys():
             return False
         # Parameters and moments stay the objects that they are, so that hardly any is looked at: planning anew for
         # every save would cost more than the copy of a small model.
-        return all(
-            tensor is self._tensors[name] or _held(tensor) == self._held[name] for name, tensor in tensors.items()
-        )
+        return all(tensor is self._known[name]() or _held(tensor) == here[name] for name, tensor in tensors.items())
+
+
+def _halves(tensors: Mapping[str, Tensor]) -> dict[bool, dict[str, Tensor]]:
+    halves: dict[bool, dict[str, Tensor]] = {False: {}, True: {}}
+    for name, tensor in tensors.items():
+        halves[name.startswith(_OF_HOOKS)][name] = tensor
+    return halves
 
 
 def held(tensors: Mapping[str, Tensor]) -> dict[str, Held]:
@@ -94,7 +133,7 @@ def make_plan(here: Mapping[str, Held]) -> SavePlan:
     copies = [
         name
         for name, there in here.items()
-        if not there.is_shard and name.startswith("extras/") and owners[name, there.box] != rank()
+        if not there.is_shard and name.startswith(_OF_HOOKS) and owners[name, there.box] != rank()
     ]
     return SavePlan(items, copies)
 
@@ -126,7 +165,7 @@ def _owners(everywhere: Sequence[Mapping[str, Held]]) -> dict[tuple[str, Box], i
     owners = {}
     for (name, box), ranks in holders.items():
         # Of what hooks give, rank 0's is the one that is kept.
-        chosen = ranks[0] if name.startswith("extras/") else min(ranks, key=lambda number: load[number])
+        chosen = ranks[0] if name.startswith(_OF_HOOKS) else min(ranks, key=lambda number: load[number])
         owners[name, box] = chosen
         load[chosen] += everywhere[chosen][name].num_bytes
     _require_whole(owners, {name: known.shape for name, (_, known) in kinds.items()})

@@ -105,16 +105,16 @@ class CheckpointStore:
             captured = state.capture()
         except Exception as error:  # noqa: BLE001  raised below, by all
             failure = error
-        is_planned = captured is not None and self._plans.holds(captured[0])
-        answers = gather_objects((previous, None if failure is None else cause_of(failure), is_planned))
+        stale = frozenset() if captured is None else self._plans.stale(captured[0])
+        answers = gather_objects((previous, None if failure is None else cause_of(failure), stale))
         self._settle([part for part, _, _ in answers])
         raise_together(failure, [cause for _, cause, _ in answers])
         assert captured is not None, "what was not captured has failed"
         tensors, document = captured
         if not self._is_tidy or step in self._damaged:
             self._make_room(final)
-        if not all(planned for _, _, planned in answers):
-            self._plans.make(tensors)
+        if stale := stale.union(*(theirs for _, _, theirs in answers)):
+            self._plans.make(tensors, stale)
         self._begin(Pending(step, final), tensors, document, self._commit(state, step, final, metrics or {}))
         if not self.asynchronous:
             self.finish()

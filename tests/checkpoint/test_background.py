@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from forgather.checkpoint import background
+from forgather.checkpoint import background, plan
 from forgather.checkpoint import store as store_module
 from forgather.checkpoint.background import BackgroundWriter
 from forgather.checkpoint.folder import saved_steps
@@ -114,11 +115,58 @@ def test_a_plan_is_made_once(folder: RunFolder, monkeypatch: pytest.MonkeyPatch)
     made = []
     with CheckpointStore(folder) as store:
         make = store._plans.make
-        monkeypatch.setattr(store._plans, "make", lambda tensors: (made.append(1), make(tensors)))
+        monkeypatch.setattr(store._plans, "make", lambda *args: (made.append(1), make(*args)))
         for step in (1, 2, 3):
             store.save(run.state, step)
             run.step()
     assert len(made) == 1
+
+
+class Renaming:
+    """A hook whose tensors have other names at each save, as contributions do that have a round in their name."""
+
+    def __init__(self) -> None:
+        self.round = 0
+        self.given: weakref.ref[torch.Tensor] | None = None
+        self.loaded: dict[str, torch.Tensor] = {}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        self.round += 1
+        part = torch.full((100,), float(self.round))
+        self.given = weakref.ref(part)
+        return {f"part {self.round}": part}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.loaded = state
+
+
+def test_names_of_hooks_that_change_cost_the_model_nothing(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No plan for the model's tensors, no memory mapped anew, and nothing of the hook is held longer than it takes."""
+    run = Run()
+    run.step()
+    hook = Renaming()
+    run.state.extras = {"hook": hook}
+    planned: list[set[str]] = []
+    mapped: list[int] = []
+    monkeypatch.setattr(plan, "make_plan", lambda here, make=plan.make_plan: planned.append(set(here)) or make(here))
+    grow = BackgroundWriter._grow
+    monkeypatch.setattr(BackgroundWriter, "_grow", lambda self, size: mapped.append(size) or grow(self, size))
+    with CheckpointStore(folder) as store:
+        for step in (1, 2, 3):
+            store.save(run.state, step)
+            assert hook.given is not None
+            assert hook.given() is None
+            run.step()
+        run.step()
+        store.save(run.state, 4)
+        then = run.values()
+    assert len(mapped) == 1
+    assert [len(names) for names in planned[1:]] == [1, 1, 1, 1]
+    other = Run(seed=9)
+    other.state.extras = {"hook": hook}
+    assert CheckpointStore(folder, asynchronous=False).resume(other.state) is not None
+    assert all(torch.equal(value, then[name]) for name, value in other.values().items())
+    assert {name: part.tolist() for name, part in hook.loaded.items()} == {"part 4": [4.0] * 100}
 
 
 def test_the_death_of_the_writer_is_an_error_at_the_next_save(folder: RunFolder) -> None:
