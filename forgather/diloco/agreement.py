@@ -19,8 +19,14 @@ class Standing:
     away_ms: int = 0  # for how long the server has not been reached
     is_stopping: bool = False
     is_undelivered: bool = False  # something is not accepted by the server yet
-    sync_every: int = 0  # that the server wants of this worker; rank 0 knows it
+    refused_ms: int = 0  # for how long the server has been there and did not take it
+    sync_every: int = 0  # that the server wants of this worker; rank 0 knows it, others say 0
+    round_ms: int = 0  # 1 and the milliseconds of rounds of fixed time, 1 for other rounds; as above
     versions: Sequence[int | None] = ()  # of each exchange, the number of the version whose values all ranks have
+
+    @property
+    def round_seconds(self) -> float | None:
+        return (self.round_ms - 1) / 1000 if self.round_ms > 1 else None
 
 
 def agree(standing: Standing, exchanges: Sequence[Exchange], failure: Exception | None = None) -> Standing:
@@ -35,7 +41,9 @@ def agree(standing: Standing, exchanges: Sequence[Exchange], failure: Exception 
         standing.away_ms,
         int(standing.is_stopping),
         int(standing.is_undelivered),
+        standing.refused_ms,
         standing.sync_every,
+        standing.round_ms,
     ]
     for exchange in exchanges:
         round, number = exchange.round, exchange.number
@@ -46,7 +54,7 @@ def agree(standing: Standing, exchanges: Sequence[Exchange], failure: Exception 
     box = torch.tensor(numbers)
     if world_size() > 1:
         dist.all_reduce(box, dist.ReduceOp.MAX)
-    has_failed, away_ms, is_stopping, is_undelivered, sync_every, *rest = box.tolist()
+    has_failed, away_ms, is_stopping, is_undelivered, refused_ms, sync_every, round_ms, *rest = box.tolist()
     if has_failed:
         raise_together(mine, gather_objects(None if mine is None else str(mine) or type(mine).__name__))
     versions: list[int | None] = []
@@ -54,6 +62,7 @@ def agree(standing: Standing, exchanges: Sequence[Exchange], failure: Exception 
         is_missing, round, opposite_round, number, opposite_number = rest[at : at + 5]
         is_ready = not is_missing and round == -opposite_round and number == -opposite_number
         versions.append(number if is_ready else None)
+        exchange.agreed_round = round
         if not is_ready:
             exchange.move_to(round, max(0, number))
-    return Standing(away_ms, bool(is_stopping), bool(is_undelivered), sync_every, versions)
+    return Standing(away_ms, bool(is_stopping), bool(is_undelivered), refused_ms, sync_every, round_ms, versions)

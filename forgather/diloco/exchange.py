@@ -24,7 +24,7 @@ from forgather.diloco.client import CONNECT_S, Answer, UnknownWorkerError, Unrea
 from forgather.diloco.codec import BLOCK, Codec, codec
 from forgather.diloco.local_fragment import LocalFragment, Numbers, Part, digest_of
 from forgather.diloco.membership import Backoff, Membership
-from forgather.diloco.messages import Closed, Slice, Version, WantValues
+from forgather.diloco.messages import Closed, Identity, Slice, Version, WantValues
 from forgather.diloco.slices import covering_ranges, runs
 from forgather.errors import DistributedError, TrainingError
 
@@ -56,6 +56,7 @@ class Exchange:
     ) -> None:
         self.fragment = fragment
         self.round = round
+        self.agreed_round = round  # as all ranks of the worker know it
         self.parts = list(parts)
         self.values: Numbers = fragment.room()
         self.version: Version | None = None  # of `values`, once they are there
@@ -67,11 +68,14 @@ class Exchange:
         self._at_least = round + 1 if at_least is None else at_least
         self._encode = None if self.is_onlooker else encode
         self._is_async = is_async
-        self._accepted: tuple[int, int] | None = None  # for which round, and how often we had registered then
+        self._accepted: tuple[int, str] | None = None  # for which round, and by which process of the server
+        self._offered: dict[Identity, bool] = {}  # what was kept and brought to a server that came back: was it taken?
+        self._offered_to = ""
         self._changed = threading.Condition()
         self._is_closed = False
         self._is_asking = False
         self._lost_at: float | None = None
+        self._refused_at: float | None = None
         self._backoff = Backoff()
         self._takes_change = fragment.version is not None
         self._num_unsound = 0
@@ -100,6 +104,12 @@ class Exchange:
         lost_at = self._lost_at
         return 0.0 if lost_at is None else time.monotonic() - lost_at
 
+    @property
+    def refused_s(self) -> float:
+        """For how long the server has answered that it cannot take or give anything now."""
+        refused_at = self._refused_at
+        return 0.0 if refused_at is None else time.monotonic() - refused_at
+
     def move_to(self, round: int, at_least: int) -> None:
         """The worker is in round `round` and takes a version of `at_least`, as another of its ranks has heard."""
         with self._changed:
@@ -119,11 +129,17 @@ class Exchange:
             if self.version is None and self.failure is None:
                 self._changed.wait(timeout_s)
 
-    def wait_until_encoded(self) -> None:
-        """Return when anchor, residual and parts fit together."""
+    def encoded(self) -> Sequence[Part]:
+        """The parts, for the round that all ranks know, when anchor and residual fit together with them.
+
+        Raises what kept them from being made: without them nobody could send the contribution again.
+        """
         with self._changed:
             while not self.is_encoded and self.failure is None:
                 self._changed.wait()
+            if not self.is_encoded and self.failure is not None:
+                raise self.failure
+            return [part.moved_to(self.agreed_round) for part in self.parts]
 
     def close(self) -> None:
         """End it, whatever it is doing."""
@@ -171,11 +187,12 @@ class Exchange:
 
     @property
     def _is_accepted(self) -> bool:
-        # Whoever had to register again may have been forgotten with all that was brought before.
-        return self._accepted == (self.round, self._membership.times)
+        # Another process at the server's address may have forgotten all that was brought before.
+        return self._accepted == (self.round, self._membership.server)
 
     def _bring(self) -> None:
         """Bring the parts for the round that it is in; whoever calls looks whether that was enough."""
+        server = self._membership.server
         with self._changed:
             round = self.round
         for part in [each.moved_to(round) for each in self.parts]:
@@ -186,7 +203,7 @@ class Exchange:
                 self._readdress(answer.open, round)
                 return
         with self._changed:
-            self._accepted = (round, self._membership.times)
+            self._accepted = (round, server)
             self._changed.notify_all()
 
     def _send(self, part: Part) -> object:
@@ -194,12 +211,19 @@ class Exchange:
 
     def _readdress(self, open: Version, round: int) -> None:
         """Its round was closed without it, or is not open yet: the server came back from an older state."""
-        older = [part for part in self.fragment.kept if part.identity.round < round]
-        if older and (open.number < round or self._is_async):
-            for part in older:
-                self._persist(lambda part=part: self._send(part), round)  # type: ignore[misc]
-            self._pause()
-            return
+        if open.number < round or self._is_async:
+            wanted = self._kept_for(open, round)
+            for part in wanted:
+                if part.identity not in self._offered:
+                    answer = self._persist(lambda part=part: self._send(part), round)  # type: ignore[misc]
+                    if answer is None:
+                        return
+                    self._offered[part.identity] = not isinstance(answer, Closed)
+                    self._pause()
+                    return
+            if not self._is_async and any(self._offered[part.identity] for part in wanted):
+                self._pause()  # the round is made again with it
+                return
         if any(part.header.content == "values" for part in self.parts):
             if self._encode is None:
                 raise DistributedError(
@@ -213,6 +237,16 @@ class Exchange:
         with self._changed:
             self.round = open.number
             self._at_least = open.number + 1
+
+    def _kept_for(self, open: Version, round: int) -> list[Part]:
+        """What was counted before, and the server that has come back may make version `open` + 1 of again.
+
+        An asynchronous one has contributions of earlier rounds too.
+        """
+        if self._offered_to != self._membership.server:
+            self._offered, self._offered_to = {}, self._membership.server
+        older = [part for part in self.fragment.kept if part.identity.round < round]
+        return older if self._is_async else [part for part in older if part.identity.round == open.number]
 
     def _fetch(self) -> None:
         """Ask for the values once."""
@@ -261,12 +295,7 @@ class Exchange:
                 return  # it was given up on purpose
         self._missed(error)
         self._pause()
-        registered = self._persist(lambda: self._membership.register(self._client), round)
-        if registered is not None and (
-            self._is_async or registered.versions[self.fragment.number].number <= round
-        ):  # asynchronous versions do not say whose contributions they have
-            with self._changed:
-                self._accepted = None
+        self._persist(lambda: self._membership.register(self._client), round)
 
     def _see_nothing(self) -> None:
         """Parts of another mesh were brought by a rank that owns nothing of the fragment on this one."""
@@ -322,14 +351,14 @@ class Exchange:
             self._missed(error)
 
     def _found(self) -> None:
-        self._lost_at = None
+        self._lost_at = self._refused_at = None
         self._backoff.reset()
 
     def _missed(self, error: UnreachableError) -> None:
         if error.is_there:
-            self._lost_at = None
+            self._lost_at, self._refused_at = None, self._refused_at or time.monotonic()
         else:
-            self._lost_at = self._lost_at or time.monotonic()
+            self._lost_at, self._refused_at = self._lost_at or time.monotonic(), None
 
     def _pause(self) -> None:
         with self._changed:

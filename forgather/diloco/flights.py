@@ -13,14 +13,15 @@ from forgather.distributed.collectives import rank, sum_ranks, world_size
 from forgather.errors import DistributedError, ForgatherError
 
 _POLL_S = 0.01  # between two agreements while the ranks wait together
+_REFUSED_TIMES = 10  # as long as for a server that is away, one that cannot take something now is waited for
 _ALONE_S = 0.5  # a single rank is woken, and looks only for a wish to stop
 
 
 class Flights:
     """The exchanges of a worker by fragment. What waits is collective, and called on the training thread.
 
-    One wait for a server that is out of reach is no longer than `patience_s`, and there is none when `is_stopping`.
-    `failure` is asked for what went wrong elsewhere, to be raised on all ranks.
+    One wait for a server that is out of reach is no longer than `patience_s`, and there is none when `is_stopping`, nor
+    for values later than `hurry` allows. `failure` is asked for what went wrong elsewhere, to be raised on all ranks.
     """
 
     def __init__(
@@ -35,13 +36,14 @@ class Flights:
     ) -> None:
         self.under_way: dict[int, Flight] = {}
         self.wanted_sync_every = 0  # as rank 0 has heard it from the server; 0 for nothing heard
-        self.agreed_sync_every = 0  # as all ranks know it
+        self.agreed = Standing()  # the last that all ranks know
         self.waited_s = 0.0
         self.bytes_up = 0  # of all ranks, as of the last exchange
         self.bytes_down = 0
         self._membership = membership
         self._settings = settings
         self._patience_ms = 1000 * patience_s
+        self._until: float | None = None  # when values are not waited for any more
         self._is_stopping = is_stopping
         self._failure = failure
         self._say = say
@@ -55,6 +57,10 @@ class Flights:
         for flight in self.under_way.values():
             flight.is_overdue = False
 
+    def hurry(self) -> None:
+        """Wait for values no longer than for a server: it is to end, and others may have gone without sending theirs."""
+        self._until = time.monotonic() + self._patience_ms / 1000
+
     def attend(self, step: int, delay: int, *, is_needed: bool = False) -> None:
         """See to what is under way after `step`, and wait for what is due, `delay` steps after it began.
 
@@ -62,7 +68,7 @@ class Flights:
         """
         begun = time.monotonic()
         while self.under_way:
-            standing = self._agree(begun)
+            standing = self._agree(begun, is_late=self._is_late())
             for flight, version in zip(list(self.under_way.values()), standing.versions, strict=True):
                 if version is not None and flight.is_due(step, delay):
                     self._land(flight, step, version)
@@ -77,29 +83,50 @@ class Flights:
             awaited[0].exchange.wait(_POLL_S if world_size() > 1 else _ALONE_S)
         self.waited_s += time.monotonic() - begun
 
-    def deliver(self) -> None:
-        """Return when the server has all that is under way, or has been out of reach for too long."""
+    def deliver(self) -> bool:
+        """Return when the server has all that is under way; says whether it has.
+
+        It has not when the run is to end now, as its checkpoint has it, nor when the server has been out of reach, or
+        there and not taken it (its disk is full, say), for too long.
+        """
         begun = time.monotonic()
         while self.under_way:
             is_undelivered = not all(flight.exchange.is_delivered for flight in self.under_way.values())
             standing = self._agree(begun, is_undelivered=is_undelivered)
-            if not standing.is_undelivered or standing.away_ms > self._patience_ms:
-                return
+            if not standing.is_undelivered:
+                break
+            is_refused = standing.refused_ms > _REFUSED_TIMES * self._patience_ms
+            if standing.is_stopping or standing.away_ms > self._patience_ms or is_refused:
+                return False
             time.sleep(_POLL_S)
+        return True
 
     def close(self) -> None:
         """End all of them, whatever they are doing."""
         for flight in self.under_way.values():
             flight.exchange.close()
 
-    def _agree(self, begun: float, *, is_undelivered: bool = False) -> Standing:
+    def _agree(self, begun: float, *, is_undelivered: bool = False, is_late: bool = False) -> Standing:
         exchanges = [flight.exchange for flight in self.under_way.values()]
-        away_s = min(max(exchange.away_s for exchange in exchanges), time.monotonic() - begun)
-        wanted = self.wanted_sync_every if rank() == 0 else 0
-        mine = Standing(int(1000 * away_s), self._is_stopping(), is_undelivered, wanted)
-        standing = agree(mine, exchanges, self._failure())
-        self.agreed_sync_every = standing.sync_every or self.agreed_sync_every
-        return standing
+        waited_s = time.monotonic() - begun
+        mine = Standing(
+            away_ms=int(1000 * min(waited_s, max(exchange.away_s for exchange in exchanges))),
+            is_stopping=is_late or self._is_stopping(),
+            is_undelivered=is_undelivered,
+            refused_ms=int(1000 * min(waited_s, max(exchange.refused_s for exchange in exchanges))),
+            sync_every=self.wanted_sync_every if rank() == 0 else 0,
+            round_ms=self._round_ms() if rank() == 0 else 0,
+        )
+        self.agreed = agree(mine, exchanges, self._failure())
+        return self.agreed
+
+    def _round_ms(self) -> int:
+        """What the server has said of rounds of fixed time; see `Standing`."""
+        registered = self._membership.registered
+        return 0 if registered is None else 1 + int(1000 * (registered.settings.round_seconds or 0))
+
+    def _is_late(self) -> bool:
+        return self._until is not None and time.monotonic() > self._until
 
     def _land(self, flight: Flight, step: int, version: int) -> None:
         flight.land(step, version, self._settings.alpha)

@@ -11,7 +11,7 @@ from pathlib import Path
 from forgather.diloco.address import ServerAddress
 from forgather.diloco.client import UnreachableError
 from forgather.diloco.membership import Backoff, Membership
-from forgather.diloco.messages import WORKER_NAME, Register, Registered
+from forgather.diloco.messages import WORKER_NAME, Register, Registered, Settings
 from forgather.diloco.security import write_secret
 from forgather.distributed.collectives import broadcast_object, rank
 from forgather.errors import ConfigError, DistributedError, ForgatherError
@@ -19,17 +19,21 @@ from forgather.errors import ConfigError, DistributedError, ForgatherError
 
 @dataclass
 class Introduction:
-    """Who a worker is. `key` is what a checkpoint had; without one it is in `key_file`, or made and put there."""
+    """Who a worker is. `key` is what a checkpoint had; without one it is in `key_file`, or made and put there.
+
+    `default` is its name where none was given.
+    """
 
     worker: str | None
     key: str = ""
     key_file: Path | None = None
     mesh: str = ""
     digests: Mapping[str, str | None] = field(default_factory=dict)
+    default: str | None = None
 
     def request(self) -> Register:
         """What it says to the server. ConfigError for a name that cannot be one."""
-        name = self.worker or default_name()
+        name = self.worker or self.default or default_name()
         if not WORKER_NAME.fullmatch(name):
             raise ConfigError(
                 f"{name!r} is no name of a worker", fix="letters, digits, _ . and -, as --diloco-worker alpha"
@@ -51,6 +55,61 @@ def default_name(run: str = "") -> str:
     """What a worker is called that was given no name: its host, and the run, of which a host may have several."""
     name = f"{socket.gethostname()}-{run}" if run else socket.gethostname()
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-._")[:64] or "worker"
+
+
+def require_name(given: str | None, saved: str) -> str:
+    """The name of a worker that goes on from a checkpoint; ConfigError where it was given another.
+
+    Its contributions are known by it, also those that are under way.
+    """
+    if given not in (None, saved):
+        raise ConfigError(
+            f"this run is the worker {saved!r}, and was now called {given!r}",
+            fix=f"--diloco-worker {saved}, or leave that out; or begin as another worker, with --fresh",
+        )
+    return saved
+
+
+def require_expected(settings: Settings, sync_every: int | None, *, is_leased: bool) -> None:
+    """ConfigError where the server does otherwise than this run was told to expect."""
+    if sync_every is not None and sync_every != settings.sync_every:
+        raise ConfigError(
+            f"the server has sync_every {settings.sync_every}, and this worker was given {sync_every}",
+            fix=f"leave out --sync-every: the server's is in force; or start the server with {sync_every}",
+        )
+    if is_leased and not settings.work_units:
+        raise ConfigError(
+            "this run wants its rows leased, and the server leases none",
+            fix="--diloco-leased false, and a --seed for each worker; or start the server with --work-units 1024, say",
+        )
+
+
+def describe(membership: Membership, settings: Settings) -> str:
+    """One line: where the server is, who this is to it, and what it has set."""
+    pace = f"every {settings.sync_every} steps"
+    if settings.round_seconds is not None:
+        pace = f"every {settings.round_seconds:g} s"
+    elif settings.dylu:
+        pace = f"every {settings.sync_every} steps or fewer, by speed"
+    fragments = f"{len(settings.fragments)} fragments" if len(settings.fragments) > 1 else "all at once"
+    delay = f", {settings.delay} steps late, alpha {settings.alpha:g}" if settings.delay else ""
+    versions = membership.registered.versions if membership.registered else ()
+    there = f", at version {max(version.number for version in versions)}" if versions else ", not reached yet"
+    return (
+        f"diloco: worker {membership.request.worker} of {membership.address}{there}: {settings.mode}, {pace}, "
+        f"{fragments}{delay}, {settings.upload} up, {settings.download} down"
+    )
+
+
+def too_few_steps(settings: Settings, steps: int) -> str | None:
+    """A warning where a run of so many steps ends before its fragments are due for the first time."""
+    if settings.round_seconds is not None or steps >= settings.sync_every:
+        return None
+    fitting = max(len(settings.fragments), steps // 4)
+    return (
+        f"warning: this run makes {steps} steps, and the server has its workers exchange every {settings.sync_every}: "
+        f"it does so once, after the last; with --sync-every {fitting}, say, at the server it does so on the way"
+    )
 
 
 def join(

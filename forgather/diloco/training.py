@@ -27,9 +27,9 @@ class PackageLike(Protocol):
     def digest(self) -> str: ...
 
 
-def order_of(order: Permutation, leases: LeaseDesk) -> Permutation | LeasedOrder:
+def order_of(order: Permutation, leases: LeaseDesk, rows_per_step: int) -> Permutation | LeasedOrder:
     """`order`, or the rows of it that a server leases to this worker, where it is to do so."""
-    return LeasedOrder(order, leases.ask) if leases.is_open else order
+    return LeasedOrder(order, leases, rows_per_step=rows_per_step) if leases.is_open else order
 
 
 def build_worker(
@@ -70,7 +70,8 @@ def build_worker(
         model,
         optimizer,
         server_named(server, token_file=token_file, tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key),
-        worker or default_name(run.dir.name),
+        worker,
+        default_worker=default_name(run.dir.name),
         tokens_per_step=data.tokens_per_step,
         sync_every=sync_every,
         patience_s=patience_s,

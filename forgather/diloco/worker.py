@@ -5,6 +5,7 @@
             loss(model, batch).backward()
             optimizer.step()            # after every H of them, this exchanges
             optimizer.zero_grad()
+        diloco.finish()                 # and what was learned since
 
 It hangs on the optimizer's steps and needs nothing else of the loop. Every rank of a distributed run makes one. What is
 collective happens in the step, on the training thread; what waits for the network has threads of its own.
@@ -13,32 +14,30 @@ It is also a hook of Forgather's trainer, with a state that any mesh takes up.
 """
 
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Protocol, Self
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from forgather.diloco import worker_state
+from forgather.diloco import joining, worker_state
 from forgather.diloco.address import ServerAddress, server_named
-from forgather.diloco.exchange import Exchange
-from forgather.diloco.flight import Flight, take_off
+from forgather.diloco.farewell import let_server_save, take_leave
 from forgather.diloco.flights import Flights
 from forgather.diloco.joining import Introduction, join
 from forgather.diloco.lease_desk import LeaseDesk
 from forgather.diloco.local_fragment import LocalFragment
 from forgather.diloco.membership import Heartbeats, Membership, require_parameters, require_same
-from forgather.diloco.messages import Beat, Heartbeat, Settings
+from forgather.diloco.messages import Beat, Settings
+from forgather.diloco.pulse import Pulse
 from forgather.diloco.schedule import Schedule
 from forgather.diloco.slices import Holdings
+from forgather.diloco.turns import Turns
 from forgather.diloco.worker_state import Restored
-from forgather.distributed import collectives
-from forgather.distributed.collectives import rank
-from forgather.errors import ConfigError, ForgatherError
+from forgather.distributed.collectives import max_ranks, rank
 
 
 class Logged(Protocol):
@@ -48,12 +47,30 @@ class Logged(Protocol):
     def metrics(self) -> Mapping[str, float]: ...
 
 
+class Started(Protocol):
+    """What a trainer tells when its run begins: how many steps it is to have in the end."""
+
+    @property
+    def steps(self) -> int: ...
+
+
+class Ending(Protocol):
+    """What a trainer tells when its run ends with this step, before it saves."""
+
+    @property
+    def is_finished(self) -> bool: ...  # all its steps are made
+
+    @property
+    def is_stopping(self) -> bool: ...  # there may be seconds left for the save
+
+
 class DiLoCo:
     """Trains `model` with others, through the server at `server`; without one it does nothing. Collective.
 
-    `worker` names this machine, or this group of ranks, among the others (the host's name where nothing is said), and
-    `key_file` keeps what proves that it is the same worker when it comes again. `tokens_per_step`, over all ranks, is
-    what a step weighs in the mean. `sync_every` may say the H that is expected; the server's is in force.
+    `worker` names this machine, or this group of ranks, among the others, and `key_file` keeps what proves that it is
+    the same worker when it comes again. Without a name it has that of its checkpoint, else `default_worker`, else the
+    host's. `tokens_per_step`, over all ranks, is what a step weighs in the mean. `sync_every` may say the H that is
+    expected; the server's is in force.
 
     New values are waited for without limit as long as the server answers. One that is out of reach for `patience_s` is
     not: training goes on, and what it makes is kept on top of the values when they come. `is_stopping` is asked while
@@ -71,6 +88,7 @@ class DiLoCo:
         server: str | ServerAddress | None = None,
         worker: str | None = None,
         *,
+        default_worker: str | None = None,
         tokens_per_step: int = 1,
         sync_every: int | None = None,
         patience_s: float = 30.0,
@@ -91,9 +109,9 @@ class DiLoCo:
         self.tokens_per_step = tokens_per_step
         self.patience_s = patience_s
         self.steps = 0
-        self.loss: float | None = None  # told to the server with the next heartbeat
         self.settings: Settings | None = None
         self._worker = worker
+        self._default_worker = default_worker
         self._key_file = key_file
         self._key = ""
         self._expected_sync_every = sync_every
@@ -106,15 +124,16 @@ class DiLoCo:
         self._say = say or (lambda text: print(text, file=sys.stderr, flush=True))
         self._holdings = None if self.is_inert else Holdings(model, optimizer)
         self._fragments: list[LocalFragment] = []
-        self._flights: Flights | None = None
+        self._turns: Turns | None = None
         self._rows: dict[int, int] = {}  # of the data, trained on when a fragment was last sent
         self._restored: Restored | None = None
         self._schedule: Schedule | None = None
         self._membership: Membership | None = None
         self._heartbeats: Heartbeats | None = None
         self._hook: RemovableHandle | None = None
-        self._command: Literal["save", "stop", "abort"] | None = None
-        self._pace = (0, time.monotonic())  # steps and time of the last heartbeat
+        self._pulse = Pulse(tokens_per_step)
+        self._is_finished = False
+        self._is_hook = False  # a trainer says when its run ends; else the loop does
         self._logged = (0.0, 0, 0)  # seconds waited and bytes moved at the last log
 
     # A context
@@ -124,11 +143,14 @@ class DiLoCo:
         if self.is_inert:
             return self
         try:
-            self._join()
+            turns = self._join()
             if self._restored is None:
-                self._take_first_values()
+                turns.begin_anew(self.steps)
+                if rank() == 0:
+                    self._say(f"diloco: the weights are those of {self.address}, whatever they were before")
             else:
-                self._go_on(self._restored)
+                turns.go_on(self._restored)
+                self._restored = None
             self._hook = self.optimizer.register_step_post_hook(self._after_step)
         except BaseException:
             self._end()
@@ -136,35 +158,76 @@ class DiLoCo:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        """Leave the server; first wait, as long as it is there, until it has all that was learned. Collective."""
+        """Leave the server; first wait, as long as it is there, until it has all that was sent. Collective."""
         if self.is_inert:
             return
         try:
-            if kind is None and self._flights is not None:
-                self._flights.deliver()
+            if kind is None and self._turns is not None:
+                self._part(self._turns)
         finally:
             self._end()
 
     def finish(self) -> None:
+        """The end of a run, before its last save: send what was learned since the last exchange, and take all in.
+
+        Collective. With the server there, the parameters are then what it has.
+        """
+        if self._turns is not None:
+            self._turns.settle(self.steps)  # a fragment has one exchange at a time
+            self._turns.send_rest(self.steps)
+            self._turns.settle(self.steps)
+            self._is_finished = True
+
+    def settle(self) -> None:
         """Wait for what is under way, and take it in. Collective.
 
         Without a step since it began, and with the server there, the parameters are then what the server has.
         """
-        if self._flights is not None:
-            self._flights.wait_again()
-            self._flights.attend(self.steps, 0)
+        if self._turns is not None:
+            self._turns.settle(self.steps)
 
     # A hook of the trainer
+
+    def on_start(self, event: Started) -> None:
+        self._is_hook = True
+        warning = None if self.settings is None else joining.too_few_steps(self.settings, event.steps)
+        if warning is not None and rank() == 0:
+            self._say(warning)
 
     def on_logged(self, event: Logged) -> None:
         loss = event.metrics.get("loss")
         self.loss = None if loss is None else float(loss)
 
+    def on_ending(self, event: Ending) -> None:
+        """Send what was not sent, where nobody is to make it again. Collective.
+
+        A run that is stopped keeps it: it goes on. One that a server drains may not, and others may have gone with what
+        its rounds wait for, so it does not wait for them without end.
+        """
+        if self._turns is None or event.is_stopping:
+            return
+        if event.is_finished:
+            self.finish()
+        elif max_ranks(int(self._pulse.command == "drain")):
+            self._turns.send_rest(self.steps)
+            self._turns.flights.deliver()
+            self._turns.flights.hurry()
+            self.finish()
+
+    @property
+    def loss(self) -> float | None:
+        """What is told to the server with the next heartbeat."""
+        return self._pulse.loss
+
+    @loss.setter
+    def loss(self, loss: float | None) -> None:
+        self._pulse.loss = loss
+
     def metrics(self) -> dict[str, float]:
         """The last version, seconds waited and millions of bytes moved by all ranks since the last log."""
-        flights = self._flights
-        if flights is None:
+        if self._turns is None:
             return {}
+        flights = self._turns.flights
         (waited_s, up, down), self._logged = self._logged, (flights.waited_s, flights.bytes_up, flights.bytes_down)
         return {
             "round": float(max(fragment.number_of_version for fragment in self._fragments)),
@@ -175,31 +238,30 @@ class DiLoCo:
 
     def wants_stop(self) -> bool:
         """Whether the server has asked this worker to save and stop; rank 0 hears it."""
-        return self._command == "stop"
+        return self._pulse.command in ("stop", "drain")
 
     def wants_abort(self) -> bool:
         """Whether the server has asked this worker to end without a save; rank 0 hears it."""
-        return self._command == "abort"
+        return self._pulse.command == "abort"
 
     def wants_save(self) -> bool:
         """Whether the server has asked this worker to save, since this was asked last; rank 0 hears it."""
-        wanted = self._command == "save"
-        if wanted:
-            self._command = None
-        return wanted
+        return self._pulse.take_save()
 
     def state_dict(self) -> dict[str, Any]:
         """All that makes this the same worker after a restart, on any mesh; see `worker_state`."""
         if self.settings is None or self._schedule is None:
             return {}
+        rows = self._rows if self._turns is None else self._turns.rows
+        under_way = {} if self._turns is None else self._turns.flights.under_way
         return {
             "key": self._key,
             "worker": self._worker,
             "steps": self.steps,
             "settings": self.settings.to_json(),
             "schedule": self._schedule.state_dict(),
-            "rows": {str(number): rows for number, rows in self._rows.items()},
-            **worker_state.capture(self._fragments, {} if self._flights is None else self._flights.under_way),
+            "rows": {str(number): count for number, count in rows.items()},
+            **worker_state.capture(self._fragments, under_way),
         }
 
     def load_targets(self, saved: Mapping[str, Any], stored: Mapping[str, tuple[Any, Any]]) -> dict[str, Tensor]:
@@ -211,12 +273,12 @@ class DiLoCo:
         return self._restored.targets(stored)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a saved state; what was read into `load_targets` is in it."""
+        """Take up a saved state; what was read into `load_targets` is in it. ConfigError for another worker's."""
         if self._restored is None or self._schedule is None:
             return
         self._restored.accept(state)
         self._key, self.steps = state["key"], int(state["steps"])
-        self._worker = self._worker or state["worker"]
+        self._worker = joining.require_name(self._worker, state["worker"])
         self._schedule.load_state_dict(state["schedule"])
         self._rows = {int(number): int(rows) for number, rows in state["rows"].items()}
 
@@ -233,44 +295,50 @@ class DiLoCo:
             for number, names in enumerate(settings.fragments)
         ]
 
-    def _join(self) -> None:
+    def _join(self) -> Turns:
         """Come to the server; all ranks then know who they are and what holds."""
         assert self.address is not None, "only an inert one has none"
-        who = Introduction(self._worker, self._key, self._key_file, self._mesh, self._digests)
+        who = Introduction(
+            self._worker, self._key, self._key_file, self._mesh, self._digests, default=self._default_worker
+        )
         is_known = self._restored is not None
         self._membership = join(self.address, who, patience_s=self.patience_s, may_be_away=is_known, say=self._say)
         self._key, self._worker = self._membership.request.key, self._membership.request.worker
         if self._leases is not None:
-            self._leases.join(self._membership)
+            self._leases.join(self._membership, self._say)
         if self._membership.registered is not None:
             self._adopt(self._membership.registered.settings)
         assert self.settings is not None, "it is the server's, or that of the checkpoint"
+        assert self._schedule is not None, "it goes with the settings"
         self._membership.settings = self.settings
-        self._flights = Flights(
+        flights = Flights(
             self._membership,
             self.settings,
             patience_s=self.patience_s,
-            is_stopping=self._is_stopping,
+            is_stopping=self._is_told_to_end,
             failure=lambda: None if self._heartbeats is None else self._heartbeats.failure,
             say=self._say,
         )
+        self._turns = Turns(
+            self._fragments,
+            self._schedule,
+            flights,
+            self._membership,
+            self.settings,
+            tokens_per_step=self.tokens_per_step,
+            rows=self._rows,
+            num_rows=self._num_rows,
+            consumed=self._consumed,
+        )
         if rank() == 0:
             if self.settings.heartbeat_s > 0:
-                self._heartbeats = Heartbeats(self._membership, self.settings.heartbeat_s, self._tell, self._hear)
+                self._heartbeats = Heartbeats(self._membership, self.settings.heartbeat_s, self._pulse.tell, self._hear)
             self._say(self.describe())
+        return self._turns
 
     def _adopt(self, settings: Settings) -> None:
-        expected = self._expected_sync_every
-        if expected is not None and expected != settings.sync_every:
-            raise ConfigError(
-                f"the server has sync_every {settings.sync_every}, and this worker was given {expected}",
-                fix=f"leave out --sync-every: the server's is in force; or start the server with {expected}",
-            )
-        if self._leases is not None and not settings.work_units:
-            raise ConfigError(
-                "this run wants its rows leased, and the server leases none",
-                fix="--diloco-leased false, and a --seed for each worker; or start the server with --work-units 1024, say",
-            )
+        """Let the settings that the server has now be in force, as far as a worker can go on under them."""
+        joining.require_expected(settings, self._expected_sync_every, is_leased=self._leases is not None)
         if self._leases is None and settings.work_units and rank() == 0:
             self._say("diloco: the server leases rows, and this run takes its own: others may train on the same ones")
         if self.settings is None or self._schedule is None:
@@ -278,131 +346,67 @@ class DiLoCo:
             return
         require_same(self.settings, settings)
         self._schedule.next_sync_every = settings.sync_every
+        self._schedule.next_round_seconds = settings.round_seconds
         self.settings = settings
 
-    def _take_first_values(self) -> None:
-        """Begin with the values that the server has now."""
-        assert self._flights is not None, "it has joined"
-        assert self._membership is not None, "it has joined"
-        assert self._membership.registered is not None, "without a checkpoint the server has answered"
-        for fragment, version in zip(self._fragments, self._membership.registered.versions, strict=True):
-            exchange = Exchange(fragment, self._membership, version.number, at_least=version.number)
-            self._flights.add(Flight(fragment, exchange, self.steps))
-        self._flights.attend(self.steps, 0, is_needed=True)
-        if rank() == 0:
-            self._say(f"diloco: the weights are those of {self.address}, whatever they were before")
+    def _hear(self, beat: Beat) -> None:
+        self._pulse.hear(beat)
+        if self._turns is not None:
+            self._turns.flights.wanted_sync_every = beat.sync_every
+            if beat.command == "drain":
+                self._turns.flights.hurry()
 
-    def _go_on(self, restored: Restored) -> None:
-        """Take up the exchanges that were under way when the checkpoint was saved."""
-        for key, saved in restored.flights.items():
-            number = int(key)
-            is_same = collectives.agree(restored.is_of_this_mesh(number))
-            # fp32 is encoded again, from the same numbers; what a codec has made, its losses noted, is sent as it is.
-            is_bound = not is_same and self._fragments[number].upload != "fp32"
-            self._take_off(
-                number,
-                saved,
-                sent=restored.sent[number],
-                parts=restored.parts.get(number, ()) if is_same or is_bound else (),
-                is_encoded_elsewhere=is_bound,
-            )
-        self._restored = None
+    def _is_told_to_end(self) -> bool:
+        return self._is_stopping() or self._pulse.is_called_off
 
     # A step
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG002  what torch passes
+        assert self._turns is not None, "it has joined"
+        self._pulse.pace.step_ended()
         self.steps += 1
-        assert self._flights is not None, "it has joined"
-        assert self._schedule is not None, "it has joined"
-        assert self.settings is not None, "it has joined"
-        due = self._schedule.due(self.steps)
-        if due in self._flights.under_way:
-            self._flights.attend(self.steps, self.settings.delay)
-        if due is not None and due not in self._flights.under_way:
-            self._begin(due)  # what is under way even now keeps its turn; what was made meanwhile goes with the next
-        self._flights.attend(self.steps, self.settings.delay)
-        self._schedule.next_sync_every = self._flights.agreed_sync_every or self._schedule.next_sync_every
-
-    def _begin(self, number: int) -> None:
-        """Send what was learned since the fragment was last sent."""
-        fragment = self._fragments[number]
-        steps = self.steps - fragment.since
-        rows, before = self._num_rows(), self._rows.get(number, 0)
-        saved = {
-            "round": fragment.number_of_version,
-            "begun": self.steps,
-            "tokens": max(1, steps * self.tokens_per_step),
-            "steps": steps,
-            # Each row is told of once: with the first of the fragments.
-            "consumed": {} if self._consumed is None or number > 0 else self._consumed(before, rows),
-        }
-        self._take_off(number, saved, sent=fragment.snapshot())
-        fragment.since, self._rows[number] = self.steps, rows
-
-    def _take_off(self, number: int, saved: Mapping[str, Any], **others: Any) -> None:
-        assert self._flights is not None, "it has joined"
-        assert self._membership is not None, "it has joined"
-        assert self.settings is not None, "it has joined"
-        self._flights.add(take_off(self._fragments[number], self._membership, self.settings, **saved, **others))
+        self._pulse.steps = self.steps
+        self._is_finished = False
+        self._turns.after_step(self.steps)
+        self._pulse.pace.step_begins()
 
     # The end
+
+    def _part(self, turns: Turns) -> None:
+        """See that the server has what it was sent, and keeps it, as far as that can be had. Collective."""
+        is_delivered = turns.flights.deliver()
+        is_kept = not max_ranks(int(any(fragment.kept for fragment in self._fragments)))
+        if rank() > 0 or self._is_told_to_end():
+            return  # the checkpoint has it, and the run goes on
+        if not is_delivered:
+            self._say(
+                "warning: the server has not got all that this run has made; its checkpoint has it, and the same "
+                "command, with more steps where all are made, brings it"
+            )
+        elif self._is_finished and not is_kept and self._membership is not None:
+            let_server_save(self._membership, self._is_told_to_end, self._say)
+        if not self._is_hook and not self._is_finished and (unsent := turns.num_unsent(self.steps)):
+            self._say(f"note: the last {unsent} steps were not sent to the server; call finish() where a run ends")
 
     def _end(self) -> None:
         """Let go of the optimizer, the threads and the server, whatever state they are in."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
-        if self._flights is not None:
-            self._flights.close()
+        if self._leases is not None:
+            self._leases.leave()
+        if self._turns is not None:
+            self._turns.flights.close()
         if self._heartbeats is not None:
             self._heartbeats.close()
             self._heartbeats = None
         if self._membership is not None:
             if rank() == 0 and self._membership.registered is not None:
-                self._leave()
+                take_leave(self._membership, self._say)
             self._membership.close()
-
-    def _leave(self) -> None:
-        """Tell the server that nobody needs to wait for this worker."""
-        assert self._membership is not None, "it has registered"
-        client = self._membership.borrow()
-        try:
-            client.leave()
-        except ForgatherError as error:
-            # Its lease runs out by itself; the run has its own end, which is not to be this.
-            self._say(f"note: could not take leave of the server: {error.message}")
-        finally:
-            client.close()
-
-    # What is told
 
     def describe(self) -> str:
         """One line: where the server is, who this is to it, and what it has set."""
-        settings = self.settings
-        assert settings is not None, "it has begun"
-        pace = f"every {settings.sync_every} steps"
-        if settings.round_seconds is not None:
-            pace = f"every {settings.round_seconds:g} s"
-        elif settings.dylu:
-            pace = f"every {settings.sync_every} steps or fewer, by speed"
-        fragments = f"{len(settings.fragments)} fragments" if len(settings.fragments) > 1 else "all at once"
-        delay = f", {settings.delay} steps late, alpha {settings.alpha:g}" if settings.delay else ""
-        versions = self._membership.registered.versions if self._membership and self._membership.registered else ()
-        there = f", at version {max(version.number for version in versions)}" if versions else ", not reached yet"
-        return (
-            f"diloco: worker {self._worker} of {self.address}{there}: {settings.mode}, {pace}, {fragments}{delay}, "
-            f"{settings.upload} up, {settings.download} down"
-        )
-
-    def _tell(self) -> Heartbeat:
-        (steps, at), now = self._pace, time.monotonic()
-        done, self._pace = self.steps, (self.steps, now)
-        steps_per_s = (done - steps) / max(1e-9, now - at) if done > steps else None
-        tokens_per_s = None if steps_per_s is None else steps_per_s * self.tokens_per_step
-        return Heartbeat(done, steps_per_s, tokens_per_s, self.loss)
-
-    def _hear(self, beat: Beat) -> None:
-        if self._flights is not None:
-            self._flights.wanted_sync_every = beat.sync_every
-        if beat.command is not None:
-            self._command = beat.command
+        assert self.settings is not None, "it has begun"
+        assert self._membership is not None, "it has begun"
+        return joining.describe(self._membership, self.settings)

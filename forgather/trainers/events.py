@@ -7,6 +7,7 @@ A hook is any object that has some of these; it inherits nothing:
     on_logged(event: Logged)           the metrics of the steps since the last log were reported
     on_evaluated(event: Evaluated)     the validation data were evaluated
     on_saved(event: Saved)             a checkpoint is whole and on the disk
+    on_ending(event: Ending)           the run ends with this step, which is not saved yet
     on_finish(event: Finished)         the last step of this process was made and saved
     metrics() -> {name: number}        asked at a log step; logged as `<hook>/<name>`
     wants_save() -> bool               asked after each step; the run saves when any rank's answer is true
@@ -44,9 +45,10 @@ class Outcome(Enum):
 
 @dataclass(frozen=True)
 class Started:
-    """`step` steps are behind the run: 0, or those of the checkpoint that it goes on from."""
+    """`step` steps are behind the run: 0, or those of the checkpoint that it goes on from; it is to have `steps`."""
 
     step: int
+    steps: int
 
 
 @dataclass(frozen=True)
@@ -82,12 +84,25 @@ class Saved:
 
 
 @dataclass(frozen=True)
+class Ending:
+    """The run ends with this step, in order; whatever changes its state now is in the checkpoint.
+
+    `is_finished`: all its steps are made; then this comes before the last log and evaluation. Else the run goes on some
+    day. `is_stopping`: a signal or a command ends it, and there may be seconds left for the save.
+    """
+
+    step: int
+    is_finished: bool
+    is_stopping: bool = False
+
+
+@dataclass(frozen=True)
 class Finished:
     step: int
     outcome: Outcome
 
 
-Event = Started | StepEnded | Logged | Evaluated | Saved | Finished
+Event = Started | StepEnded | Logged | Evaluated | Saved | Ending | Finished
 
 _METHODS: dict[type[Event], str] = {
     Started: "on_start",
@@ -95,6 +110,7 @@ _METHODS: dict[type[Event], str] = {
     Logged: "on_logged",
     Evaluated: "on_evaluated",
     Saved: "on_saved",
+    Ending: "on_ending",
     Finished: "on_finish",
 }
 

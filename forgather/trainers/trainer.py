@@ -22,7 +22,7 @@ from forgather.metrics.step_result import StepResult
 from forgather.trainers.commands import Orders
 from forgather.trainers.control import Control
 from forgather.trainers.evaluation import Evaluation
-from forgather.trainers.events import Evaluated, Finished, Hooks, Logged, Outcome, Saved, Started, StepEnded
+from forgather.trainers.events import Ending, Evaluated, Finished, Hooks, Logged, Outcome, Saved, Started, StepEnded
 from forgather.trainers.interval import Every, Interval
 from forgather.trainers.reports import Reports
 from forgather.trainers.update import Update
@@ -115,7 +115,7 @@ class Trainer:
             return Outcome.NOTHING_TO_DO
         outcome = None
         with self._running():
-            while outcome is None:
+            while outcome is None and (outcome := self.wait_for_rows()) is None:
                 self.control.begin_step()
                 with self.meter.doing("data_wait"):
                     batches = self.data.take()
@@ -128,16 +128,14 @@ class Trainer:
                     self.begin_decay()
                 self.reports.tick(self.steps_done, self.steps)
                 self.hooks.tell(StepEnded(self.steps_done, result, orders.stop or orders.abort))
+                if self.steps_done == self.steps and not orders.abort:
+                    self.hooks.tell(Ending(self.steps_done, is_finished=True, is_stopping=orders.stop))
                 self.tell_saved()
                 if not orders.abort and (self.is_due(self.log_every) or self.steps_done == 1):
                     self.log()
                 if self.is_due(self.eval_every) and self.has_time(orders):
                     self.evaluate()
-                wish = self.hooks.wish()
-                outcome = self.outcome(orders, None if wish == "save" else wish)
-                is_asked = orders.save or wish == "save"
-                if outcome is not Outcome.ABORTED and (outcome or is_asked or self.is_due(self.save_every)):
-                    self.save()
+                outcome = self.obey(orders, is_save_due=self.is_due(self.save_every))
             with self.meter.doing("checkpoint"):
                 self.checkpoints.finish()
             self.tell_saved()
@@ -173,6 +171,27 @@ class Trainer:
     def has_time(self, orders: Orders) -> bool:
         """Whether there is time to evaluate: a run that was told to stop may have seconds left, for its save."""
         return not orders.abort and (not orders.stop or self.steps_done == self.steps)
+
+    def wait_for_rows(self) -> Outcome | None:
+        """Return when the next step has its rows, as nearly always at once; or how the run ends, if it is told to."""
+        outcome = None
+        while outcome is None and not self._has_rows():
+            self.control.begin_step()
+            orders = self.control.end_step()
+            if orders.decay:
+                self.begin_decay()
+            outcome = self.obey(orders)
+        return outcome
+
+    def obey(self, orders: Orders, *, is_save_due: bool = False) -> Outcome | None:
+        """Save, where that is due or asked for; how the run ends with the last step by orders and hooks, if it does."""
+        wish = self.hooks.wish()
+        outcome = self.outcome(orders, None if wish == "save" else wish)
+        if outcome is Outcome.STOPPED and self.saved_at != self.steps_done:
+            self.hooks.tell(Ending(self.steps_done, is_finished=False, is_stopping=orders.stop))
+        if outcome is not Outcome.ABORTED and (outcome or orders.save or wish == "save" or is_save_due):
+            self.save()
+        return outcome
 
     def outcome(self, orders: Orders, wish: Outcome | None) -> Outcome | None:
         """How the run ends with this step, at a hook's `wish` or by orders; None where it goes on."""
@@ -230,6 +249,10 @@ class Trainer:
         self.data.load_state_dict(consumed)
         return loss
 
+    def _has_rows(self) -> bool:
+        with self.meter.doing("data_wait"):
+            return self.data.has_rows(self.steps - self.steps_done)
+
     @contextmanager
     def _running(self) -> Iterator[None]:
         self.model.train()
@@ -237,7 +260,7 @@ class Trainer:
         self.reports.start(self.steps_done, self.steps)
         try:
             with self.hooks:
-                self.hooks.tell(Started(self.steps_done))
+                self.hooks.tell(Started(self.steps_done, self.steps))
                 self.meter.start()
                 yield
         finally:

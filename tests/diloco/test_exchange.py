@@ -1,5 +1,6 @@
 """Over a bad network and past deadlines: what a worker has learned counts once, and nothing of it is lost."""
 
+import asyncio
 import threading
 
 import pytest
@@ -34,7 +35,7 @@ class Counter:
 
 def taken_in(worker: Counter) -> float:
     """What the worker has when it has waited once more."""
-    worker.diloco.finish()
+    worker.diloco.settle()
     return worker.model.weight.item()
 
 
@@ -74,9 +75,9 @@ def test_what_was_made_while_the_server_was_away_reaches_it(tmp_path, settings):
             assert published(server) == -2.0
             wire.mend()
             wait_for(lambda: published(server) == -4.0)  # the 2 steps that were sent
-            worker.diloco.finish()
+            worker.diloco.settle()
             assert worker.step() == -10.0  # local progress is on top: nothing was overwritten
-            worker.diloco.finish()
+            worker.diloco.settle()
             wait_for(lambda: published(server) == -10.0)  # and the rest came with the next turn
         assert server.status()["versions"] == [3]
 
@@ -136,7 +137,7 @@ def test_a_server_that_came_back_from_an_older_state_is_brought_everything_again
         with running_server(tmp_path / "second", VALUES, settings, save_every=100) as server:
             wire.mend(server)
             worker.step(2)
-            worker.diloco.finish()
+            worker.diloco.settle()
             assert published(server) == -6.0
             assert worker.model.weight.item() == -6.0
             worker.diloco.__exit__(None, None, None)
@@ -161,12 +162,87 @@ def test_a_server_that_forgets_what_it_held_is_brought_it_again(tmp_path):
             waiting.join()
         with running_server(tmp_path / "second", VALUES, settings, num_workers=2) as server:
             wire.mend(server)
-            other = threading.Thread(target=lambda: (workers[1].step(2), workers[1].diloco.finish()))
+            other = threading.Thread(target=lambda: (workers[1].step(2), workers[1].diloco.settle()))
             other.start()
-            workers[0].diloco.finish()
+            workers[0].diloco.settle()
             other.join()
             assert published(server) == -2.0
             assert server.status()["versions"] == [1]
             for each in workers:
                 assert each.model.weight.item() == -2.0
                 each.diloco.__exit__(None, None, None)
+
+
+def number_of_uploads(wire: BadWire) -> int:
+    return sum(request.startswith("PUT /v1/contributions") for request in wire.requests)
+
+
+def test_a_connection_that_is_lost_to_the_same_server_sends_nothing_again(tmp_path):
+    """Neither what that connection waited for, nor what other fragments have brought."""
+    values = {"a": torch.zeros(1, 1), "b": torch.zeros(1, 1)}
+    settings = settings_of(values, [["a"], ["b"]], sync_every=2, delay=5, heartbeat_s=0.1)
+    with running_server(tmp_path, values, settings) as server, BadWire(server) as wire:
+        model = nn.ParameterDict({name: nn.Parameter(value.clone()) for name, value in values.items()})
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        with DiLoCo(model, optimizer, wire.address, "alpha", say=lambda text: None) as diloco:
+            server.call(lambda: server.coordinator.rounds.change(num_workers=2))  # rounds stay open
+            asked = len(wire.requests)
+            for _ in range(2):
+                for parameter in model.values():
+                    parameter.grad = torch.ones(1, 1)
+                optimizer.step()
+            waiting = [f"POST /v1/values/{number}" for number in (0, 1)]
+            wait_for(lambda: all(each in wire.requests[asked:] for each in waiting))
+            times = diloco._membership.times
+            wire.cut()
+            wire.mend()
+            wait_for(lambda: diloco._membership.times > times)
+            server.call(lambda: server.coordinator.rounds.change(num_workers=1))
+            server.call(server.coordinator.wake)
+            diloco.settle()
+        assert server.status()["versions"] == [1, 1]
+        assert number_of_uploads(wire) == 2
+
+
+def test_a_server_that_was_restored_from_before_all_that_is_kept_is_brought_what_is_new(tmp_path):
+    """What was in the values that it has lost is lost with them; nobody sends it again and again."""
+    settings = settings_of(VALUES, sync_every=2, heartbeat_s=0.1)
+    with BadWire.between() as wire:
+        with running_server(tmp_path / "first", VALUES, settings, save_every=100) as server:
+            wire.mend(server)
+            worker = Counter(wire.address, patience_s=0.1)
+            worker.diloco.__enter__()
+            worker.step(4)
+            asyncio.run_coroutine_threadsafe(server.coordinator.controls.save(), server.loop).result(10)
+            worker.step(4)
+            assert {part.identity.round for part in worker.diloco._fragments[0].kept} == {2, 3}
+            wire.cut()
+        with running_server(tmp_path / "backup", VALUES, settings, save_every=100) as server:
+            wire.mend(server)
+            worker.step(2)
+            worker.diloco.settle()
+            assert published(server) == -2.0
+            assert server.status()["versions"] == [1]
+            assert worker.model.weight.item() == -2.0
+            worker.diloco.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("start", [0.0, 5.0])
+def test_what_is_kept_is_brought_only_to_values_that_it_was_made_from(tmp_path, start):
+    """Contributions of values (fp32) say nothing to a server with others: it refuses them once."""
+    settings = settings_of(VALUES, sync_every=2, heartbeat_s=0.1)
+    other = {"weight": torch.full((1, 1), start)}
+    with BadWire.between() as wire:
+        with running_server(tmp_path / "first", VALUES, settings, save_every=100) as server:
+            wire.mend(server)
+            worker = Counter(wire.address, patience_s=0.1)
+            worker.diloco.__enter__()
+            worker.step(2)
+            wire.cut()
+        with running_server(tmp_path / "other", other, settings_of(other, sync_every=2, heartbeat_s=0.1)) as server:
+            wire.mend(server)
+            worker.step(2)
+            worker.diloco.settle()
+            assert published(server) == (-4.0 if start == 0 else 3.0)  # both contributions, or the last as a difference
+            assert worker.model.weight.item() == published(server)
+            worker.diloco.__exit__(None, None, None)

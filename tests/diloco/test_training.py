@@ -32,7 +32,9 @@ def server_of(
     model = Project(folder, args={"run_name": "of the server"}).session().build("model")
     values: dict[str, Tensor] = {name: value.detach().clone() for name, value in model.named_parameters()}
     monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
-    with running_server(tmp_path / "server", values, settings_of(values, **{"sync_every": 2, "work_units": 4} | settings)) as server:
+    with running_server(
+        tmp_path / "server", values, settings_of(values, **{"sync_every": 2, "work_units": 4} | settings)
+    ) as server:
         arguments = {
             "run_name": f"worker of {tmp_path.name}",
             "diloco_server": f"{server.host}:{server.port}",
@@ -95,17 +97,17 @@ def test_the_server_may_tell_a_run_to_save_and_to_stop(folder, tmp_path, monkeyp
         run.start()
         checkpoints = folder / "runs" / arguments["run_name"] / "checkpoints"
         wait_for(lambda: server.status()["versions"][0] > 0, 30)
-        server.call(lambda: server.coordinator.command("alpha", "save"))
+        server.call(lambda: server.coordinator.controls.command("alpha", "save"))
         wait_for(lambda: any(checkpoints.glob("step-*")), 30)
         assert not ended
-        server.call(lambda: server.coordinator.command(None, "stop"))
+        server.call(lambda: server.coordinator.controls.command(None, "stop"))
         run.join(30)
         assert ended == [EXIT_RESUMABLE]
 
 
 def test_a_run_that_waits_for_others_can_be_stopped(folder, tmp_path, monkeypatch):  # noqa: F811
     with server_of(folder, tmp_path, monkeypatch, sync_every=2) as (server, arguments):
-        server.call(lambda: server.coordinator.set(num_workers=2))
+        server.call(lambda: server.coordinator.controls.set(num_workers=2))
         asked = threading.Event()
         monkeypatch.setattr("forgather.trainers.control.Control.is_asked_to_end", lambda self: asked.is_set())
         ended: list[int] = []
@@ -118,6 +120,62 @@ def test_a_run_that_waits_for_others_can_be_stopped(folder, tmp_path, monkeypatc
         run.join(30)
         assert ended == [EXIT_RESUMABLE]  # and what it has sent is there when it comes again
         assert server.status()["held"][0]["workers"] == ["alpha"]
+
+
+@pytest.mark.parametrize("sync_every", [3, 100])
+def test_a_run_that_ends_within_a_cycle_sends_the_rest_and_saves_what_comes_back(
+    folder,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    capsys,
+    sync_every,
+):
+    with server_of(folder, tmp_path, monkeypatch, sync_every=sync_every) as (server, arguments):
+        assert run_worker(Project(folder, args=arguments)) == EXIT_OK
+        status = server.status()
+        assert status["versions"] == [2 if sync_every == 3 else 1]
+        assert sum(each["tokens"] for each in status["history"]) == 4 * 64
+        saved = weights_of(folder, arguments["run_name"], 4)
+        for name, value in saved.items():
+            assert torch.equal(server.published(name.removeprefix("model/")), value)
+        warned = "this run makes 4 steps, and the server has its workers exchange every 100" in capsys.readouterr().err
+        assert warned is (sync_every == 100)
+
+
+def test_a_drained_run_sends_what_it_has_and_saves_after_that(folder, tmp_path, monkeypatch):  # noqa: F811
+    with server_of(folder, tmp_path, monkeypatch, sync_every=100_000, heartbeat_s=0.02) as (server, arguments):
+        ended: list[int] = []
+        project = Project(folder, args=arguments | {"steps": 100_000, "log_every": None, "eval_every": None})
+        run = threading.Thread(target=lambda: ended.append(run_worker(project)))
+        run.start()
+        wait_for(lambda: server.status()["workers"].get("alpha", {}).get("steps", 0) > 1, 30)
+        server.call(server.coordinator.controls.drain)
+        run.join(30)
+        assert ended == [EXIT_RESUMABLE]
+        assert server.coordinator.fragments[0].version.number == 1
+        (newest,) = (folder / "runs" / arguments["run_name"] / "checkpoints").glob("step-*")
+        step = int(newest.name.removeprefix("step-"))
+        assert [each["tokens"] for each in server.coordinator.publisher.history] == [64 * step]
+        for name, value in weights_of(folder, arguments["run_name"], step).items():
+            assert torch.equal(server.published(name.removeprefix("model/")), value)
+
+
+def test_a_run_that_goes_on_at_another_host_is_the_worker_that_it_was(folder, tmp_path, monkeypatch):  # noqa: F811
+    with server_of(folder, tmp_path, monkeypatch) as (server, arguments):
+        del arguments["diloco_worker"]
+        stopping = Project(folder, args=arguments, words=["main.hooks.stopper.at=3"])
+        monkeypatch.setattr("forgather.diloco.joining.socket.gethostname", lambda: "old-host")
+        assert run_worker(stopping) == EXIT_RESUMABLE
+        monkeypatch.setattr("forgather.diloco.joining.socket.gethostname", lambda: "new-host")
+        with pytest.raises(
+            ConfigError, match="is the worker 'old-host-worker-of-.*', and was now called 'other'"
+        ) as error:
+            run_worker(Project(folder, args=arguments | {"diloco_worker": "other"}))
+        assert "--diloco-worker old-host" in str(error.value.fix)
+        assert run_worker(Project(folder, args=arguments)) == EXIT_OK
+        (name,) = server.status()["workers"]
+        assert name.startswith("old-host")
+        assert server.status()["workers"][name]["counted"] == 2
 
 
 @pytest.mark.parametrize(

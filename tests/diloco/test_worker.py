@@ -312,7 +312,7 @@ def test_the_server_hears_how_it_goes_and_commands_are_heard(tmp_path):
             assert told["steps"] == 4
             for command, heard in (("save", diloco.wants_save), ("stop", diloco.wants_stop)):
                 assert not heard()
-                server.call(lambda command=command: server.coordinator.command(None, command))
+                server.call(lambda command=command: server.coordinator.controls.command(None, command))
                 wait_for(heard)
             assert not diloco.wants_save()  # it was told once
             assert diloco.wants_stop()  # it stays so

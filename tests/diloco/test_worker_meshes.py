@@ -1,6 +1,7 @@
 """A worker of several ranks is the worker that one process would be, to the bit, and comes back on any mesh."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def work(
             if saves:
                 store.save(state, until)
             else:
-                diloco.finish()
+                diloco.settle()
     return {"values": whole(model), "owned": [holding.slice for holding in diloco._holdings.mine if holding.is_owned]}
 
 
@@ -164,3 +165,45 @@ def test_a_worker_that_was_killed_repeats_its_steps_and_counts_once(tmp_path, tw
         values = run(two_ranks, "fsdp", address_of(server), tmp_path / "run", until=10, is_resumed=True)
         assert same(values, alone[0])
         assert server.status()["workers"]["alpha"]["counted"] == 5
+
+
+class _Killed(Exception):
+    pass
+
+
+def heard_differently(address: ServerAddress, folder: Path) -> tuple[int, list[str]]:
+    """Saves while one rank has heard that the round is closed, and the other has not: the round, and the parts of it."""
+    model = model_on("fsdp")
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    diloco = DiLoCo(model, optimizer, address, "alpha", say=lambda text: None)
+    state = TrainState(model, optimizer, {"diloco": diloco})
+    with RunFolder(folder) as run, CheckpointStore(run, asynchronous=False) as store:
+        with suppress(_Killed), diloco:
+            while diloco.steps < 2:
+                step(model, optimizer, diloco.steps)
+            exchange = diloco._turns.flights.under_way[0].exchange
+            exchange.encoded()
+            if rank() == 1:
+                exchange.round = 1
+            store.save(state, 2)
+            raise _Killed
+        model = model_on("fsdp")
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        resumed = DiLoCo(model, optimizer, address, "alpha", say=lambda text: None)
+        assert store.resume(TrainState(model, optimizer, {"diloco": resumed})) is not None
+        with suppress(_Killed), resumed:
+            exchange = resumed._turns.flights.under_way[0].exchange
+            parts = [f"{part.identity.round}.{part.identity.part}" for part in exchange.parts]
+            raise _Killed
+    return exchange.agreed_round, parts
+
+
+@pytest.mark.parametrize("codec", ["bf16", "int8"])
+def test_ranks_that_have_heard_different_things_save_one_contribution(tmp_path, two_ranks, codec):
+    """Parts of two rounds would never be complete: after a restart all would wait for ever."""
+    values = values_of(small_model())
+    chosen = settings_of(values, FRAGMENTS, upload=codec, download=codec, sync_every=4, delay=1)
+    with running_server(tmp_path / "server", values, chosen, num_workers=1) as server:
+        server.call(lambda: server.coordinator.rounds.change(num_workers=2))  # the round stays open
+        results = two_ranks.run(heard_differently, address_of(server), tmp_path / "run")
+    assert results == [(0, ["0.0"]), (0, ["0.1"])]

@@ -46,7 +46,7 @@ def test_a_hook_without_a_wish_keeps_the_run_going_and_the_strongest_wish_is_in_
 def test_a_hook_that_is_taken_out_hears_nothing():
     kept = Hook()
     hooks = Hooks({"kept": kept, "out": None})
-    hooks.tell(Started(3))
+    hooks.tell(Started(3, 5))
     assert kept.heard == [3]
     assert list(hooks.hooks) == ["kept"]
 
