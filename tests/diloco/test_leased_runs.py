@@ -1,8 +1,9 @@
 """Whole runs on leased rows: those of the plain run, stopped while they wait, and nothing leased by a dry run."""
 
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,28 @@ def test_the_server_ends_a_run_that_has_no_rows_any_more(folder, tmp_path, monke
         assert saved == ([steps] if command == "stop" else [])
         assert server.status()["workers"]["alpha"]["state"] == "left"
         assert server.status()["ledger"]["leased"] == 0  # others may have what it did not train
+
+
+def test_a_run_whose_server_is_gone_ends_soon_after_it_is_told_to(folder, tmp_path, monkeypatch):  # noqa: F811
+    told = threading.Event()
+    monkeypatch.setattr("forgather.trainers.control.Control._wishes", wishes_to_stop(told))
+    monkeypatch.setattr("forgather.trainers.control.Control.is_asked_to_end", lambda self: told.is_set())
+    with ExitStack() as stack:
+        server, arguments = stack.enter_context(server_of(folder, tmp_path, monkeypatch, heartbeat_s=0.02))
+        words = ["diloco.patience_s=0.1"]
+        with running(Project(folder, args=arguments | QUIET | {"steps": 100_000}, words=words)) as ended:
+            wait_for(lambda: server.status()["versions"][0] > 0, 30)
+            stack.close()
+            checkpoints = folder / "runs" / arguments["run_name"] / "checkpoints"
+            wait_for(lambda: any(each.name == "diloco leases" for each in threading.enumerate()), 30)
+            assert not ended
+            told.set()
+            begun = time.monotonic()
+            wait_for(lambda: bool(ended), 30)
+    assert ended == [EXIT_RESUMABLE]
+    assert time.monotonic() - begun < 10
+    assert len(list(checkpoints.glob("step-*"))) == 1
+    assert not any(each.name in ("diloco leases", "forgather-loader_0") for each in threading.enumerate())
 
 
 def wait_until_it_stands(server: RunningServer) -> int:
