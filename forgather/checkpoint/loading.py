@@ -31,6 +31,7 @@ from forgather.distributed.collectives import (
     sum_ranks,
     world_size,
 )
+from forgather.distributed.host_place import host_place
 from forgather.errors import CheckpointError
 
 CONFIG = "config.yaml"
@@ -176,25 +177,41 @@ def _read_tensors(
 
 
 def _share_of_checks(layout: Layout, reads: Sequence[Read], wanted: Sequence[bool]) -> list[Check] | None:
-    """Of the chunks that no rank reads whole, so that nobody would notice damage, those that this rank is to check.
+    """Of the chunks whose damage nobody would notice otherwise, those that this rank is to check.
 
-    None when there are tensors that no rank wants.
+    That a rank reads a chunk whole vouches for what others of its host read of it, which is what the host has in its
+    cache or on its own disk, and for no other host. A chunk that no rank reads is checked once. None when there are
+    tensors that no rank wants.
     """
-    chunks = [chunk for stored in layout.values() for chunk in stored.chunks]
-    places = {(chunk.file, chunk.at): number for number, chunk in enumerate(chunks)}
-    readers = bytearray(len(chunks))
-    for read in reads:
-        if read.is_whole:
-            readers[places[read.chunk.file, read.chunk.at]] = 1
-    counts = sum_ranks(torch.tensor([*wanted, *readers], dtype=torch.int32)).tolist()
-    if all(counts):
-        return []
-    if not all(counts[: len(wanted)]):
-        return None
+    place = host_place()
     checks = [Check(name, chunk) for name, stored in layout.items() for chunk in stored.chunks]
-    unread = [check for check, count in zip(checks, counts[len(wanted) :], strict=True) if not count]
-    unread.sort(key=lambda check: -check.chunk.length)
-    return unread[rank() :: world_size()]
+    places = {(check.chunk.file, check.chunk.at): number for number, check in enumerate(checks)}
+    readers = torch.zeros(place.num_hosts, len(checks), dtype=torch.int32)
+    here = [0] * len(checks)
+    for read in reads:
+        here[places[read.chunk.file, read.chunk.at]] = 1 if read.is_whole else _IN_PART
+    readers[place.host] = torch.tensor(here, dtype=torch.int32)
+    counts = sum_ranks(torch.cat([torch.tensor(wanted, dtype=torch.int32), readers.flatten()]))
+    if not counts[: len(wanted)].all():
+        return None
+    readers = counts[len(wanted) :].view_as(readers)
+    own = readers[place.host]
+    unverified = (own >= _IN_PART) & (own % _IN_PART == 0)
+    unread = (readers == 0).all(0)
+    return [
+        *_share(checks, unverified, place.local_rank, place.local_size),
+        *_share(checks, unread, rank(), world_size()),
+    ]
+
+
+# Counts as so many readers of whole chunks, of which a host has fewer.
+_IN_PART = 1 << 16
+
+
+def _share(checks: Sequence[Check], chosen: torch.Tensor, number: int, of: int) -> list[Check]:
+    """Of the chosen, each one's share by size."""
+    numbers: list[int] = chosen.nonzero().flatten().tolist()
+    return sorted((checks[at] for at in numbers), key=lambda check: -check.chunk.length)[number::of]
 
 
 def _differing(layout: Layout, targets: Mapping[str, torch.Tensor]) -> dict[str, str]:
