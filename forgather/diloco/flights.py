@@ -58,7 +58,7 @@ class Flights:
             flight.is_overdue = False
 
     def hurry(self) -> None:
-        """Wait for values no longer than for a server: it is to end, and others may have gone without sending theirs."""
+        """Wait for values no longer than for a server: it is to end, and others may have gone and not sent theirs."""
         self._until = time.monotonic() + self._patience_ms / 1000
 
     def attend(self, step: int, delay: int, *, is_needed: bool = False) -> None:

@@ -168,7 +168,7 @@ def test_a_run_that_goes_on_at_another_host_is_the_worker_that_it_was(folder, tm
         assert run_worker(stopping) == EXIT_RESUMABLE
         monkeypatch.setattr("forgather.diloco.joining.socket.gethostname", lambda: "new-host")
         with pytest.raises(
-            ConfigError, match="is the worker 'old-host-worker-of-.*', and was now called 'other'"
+            ConfigError, match=r"is the worker 'old-host-worker-of-.*', and was now called 'other'"
         ) as error:
             run_worker(Project(folder, args=arguments | {"diloco_worker": "other"}))
         assert "--diloco-worker old-host" in str(error.value.fix)

@@ -1,4 +1,4 @@
-"""How a worker ends: with nothing unsent and nothing that hangs, and with its last contribution on the server's disk."""
+"""How a worker ends: with nothing unsent, nothing that hangs, and its last contribution on the server's disk."""
 
 import threading
 from collections.abc import Callable
@@ -210,7 +210,7 @@ def test_a_finished_run_says_when_the_server_cannot_save(tmp_path, monkeypatch):
         async def refuse() -> int:
             raise ProtocolError("the disk is full", status=507)
 
-        monkeypatch.setattr(server.coordinator, "save", refuse)
+        monkeypatch.setattr(server.coordinator.controls, "save", refuse)
         counter = Counter(address_of(server))
         come(counter)
         counter.step(2)
@@ -228,7 +228,7 @@ def test_a_finished_run_that_is_told_to_end_does_not_wait_for_the_servers_disk(t
             await server.coordinator.stopped.wait()
             return 0
 
-        monkeypatch.setattr(server.coordinator, "save", never)
+        monkeypatch.setattr(server.coordinator.controls, "save", never)
         counter = Counter(address_of(server), is_stopping=asked.is_set)
         come(counter)
         counter.step(2)

@@ -167,18 +167,18 @@ def test_a_worker_that_was_killed_repeats_its_steps_and_counts_once(tmp_path, tw
         assert server.status()["workers"]["alpha"]["counted"] == 5
 
 
-class _Killed(Exception):
+class _KilledError(Exception):
     pass
 
 
 def heard_differently(address: ServerAddress, folder: Path) -> tuple[int, list[str]]:
-    """Saves while one rank has heard that the round is closed, and the other has not: the round, and the parts of it."""
+    """Saves while one rank alone has heard that the round is closed: the round that is saved, and the parts of it."""
     model = model_on("fsdp")
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     diloco = DiLoCo(model, optimizer, address, "alpha", say=lambda text: None)
     state = TrainState(model, optimizer, {"diloco": diloco})
     with RunFolder(folder) as run, CheckpointStore(run, asynchronous=False) as store:
-        with suppress(_Killed), diloco:
+        with suppress(_KilledError), diloco:
             while diloco.steps < 2:
                 step(model, optimizer, diloco.steps)
             exchange = diloco._turns.flights.under_way[0].exchange
@@ -186,15 +186,15 @@ def heard_differently(address: ServerAddress, folder: Path) -> tuple[int, list[s
             if rank() == 1:
                 exchange.round = 1
             store.save(state, 2)
-            raise _Killed
+            raise _KilledError
         model = model_on("fsdp")
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
         resumed = DiLoCo(model, optimizer, address, "alpha", say=lambda text: None)
         assert store.resume(TrainState(model, optimizer, {"diloco": resumed})) is not None
-        with suppress(_Killed), resumed:
+        with suppress(_KilledError), resumed:
             exchange = resumed._turns.flights.under_way[0].exchange
             parts = [f"{part.identity.round}.{part.identity.part}" for part in exchange.parts]
-            raise _Killed
+            raise _KilledError
     return exchange.agreed_round, parts
 
 
