@@ -290,6 +290,8 @@ class Coordinator:
             if self.rounds.is_made_again or (deadline is not None and self._clock() >= deadline):
                 self.wake()
             if self.draining and not self.members.live() and not self.rounds.has_work:
+                if num_left := sum(len(each.complete) for each in self.rounds.rounds):
+                    self.run.say(f"warning: {num_left} contributions do not count: too few for a round (min_workers)")
                 self.shutdown()
                 await self.tell()
             with suppress(TimeoutError):

@@ -152,6 +152,8 @@ class Members:
         if kicked is not None and kicked.state == "kicked" and kicked.has_key(key):
             # As long as its process lives: one that was told is ending, and is no worker that has come back.
             kicked.renewed_at = self._clock()
+            if not kicked.command_number:  # it was removed before this server was started again
+                self.tell(kicked, "stop")
             return Beat(sync_every(kicked), "stop", kicked.command_number)
         member = self.require(name, key)
         member.steps, member.loss = heartbeat.steps, _finite(heartbeat.loss)

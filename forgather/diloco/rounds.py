@@ -144,21 +144,31 @@ class Rounds:
             self.counted[fragment].know_as(worker, round)  # by which the worker asks for values that have it
             return "counted"
         if there.replay:
-            return self._verdict_in_replay(there, worker, round)
+            return self._verdict_in_replay(fragment, worker, round)
         if self.mode == "async" and round <= there.version.number:
             return "take"
         if there.closing:
             return "wait"
         return "take" if round == there.version.number else Closed(there.version)
 
-    def _verdict_in_replay(self, there: Round, worker: str, round: int) -> Verdict | Closed:
+    def _verdict_in_replay(self, fragment: int, worker: str, round: int) -> Verdict | Closed:
+        there = self.rounds[fragment]
         if (worker, round) in there.replay[0]:
             return "take"
         due = next((named for name, named in there.replay[0] if name == worker), None)
         is_missing = due is not None and (worker, due) not in there.complete and not there.closing
+        if is_missing and round == there.version.number:
+            # It was told so, and brings what it has now: a worker that has kept what is wanted brings that first.
+            self._give_up_replay(fragment, f"{worker} does not have any more what it brought for that")
+            return "take"
         if is_missing:
             return Closed(there.version)  # what it sent for this round before is wanted first
         return "wait"
+
+    def _give_up_replay(self, fragment: int, cause: str) -> None:
+        there = self.rounds[fragment]
+        there.replay.clear()
+        self._say(f"fragment {fragment}: version {there.version.number + 1} is not made again as it was: {cause}")
 
     def completed(self, worker: str, round: int, fragment: int) -> None:
         """All parts of a contribution are there, and it is sound."""
@@ -191,11 +201,7 @@ class Rounds:
                 return []
             # What they sent before will not come again. Whether others have brought anything yet or not, they are not
             # to wait for that.
-            there.replay.clear()
-            self._say(
-                f"fragment {fragment}: version {there.version.number + 1} is not made again as it was, because "
-                f"{', '.join(gone)} {'has' if len(gone) == 1 else 'have'} not come back"
-            )
+            self._give_up_replay(fragment, f"{', '.join(gone)} {'has' if len(gone) == 1 else 'have'} not come back")
         if not there.complete:
             return []
         self._look_whether_all_came()

@@ -358,7 +358,7 @@ class TestRoundsThatAreMadeAgain:
         server.silent_for(31, but=["b"])
         assert server.due() == []
         assert server.verdict("b", 0) == "take"
-        assert server.said == ["fragment 0: version 1 is not made again as it was, because w has not come back"]
+        assert server.said == ["fragment 0: version 1 is not made again as it was: w has not come back"]
         server.bring("b")
         assert server.close() == [("b", 0)]
 
@@ -372,6 +372,17 @@ class TestRoundsThatAreMadeAgain:
         server.silent_for(20, but=["b"])
         assert server.due() == []
         assert server.verdict("b", 0) == "take"
+
+    def test_a_worker_that_does_not_have_it_any_more_ends_it(self) -> None:
+        server = Server(num_workers=1, mode="async")
+        server.come("w", "b")
+        server.rounds.rounds[0].version = version(3)
+        server.rounds.replay(0, [[("w", 2)], [("b", 1)]])
+        assert server.verdict("w", 9) == Closed(version(3))
+        assert server.verdict("b", 1) == "wait"
+        assert server.verdict("w", 3) == "take"  # told what is wanted, it brings something else
+        assert "w does not have any more what it brought" in server.said[0]
+        assert server.verdict("b", 1) == "take"
 
     def test_one_that_an_operator_removes_ends_it_whether_leases_run_out_or_not(self) -> None:
         server = Server(num_workers=1, lease_s=0.0)
@@ -428,6 +439,15 @@ class TestCommands:
         self.beat(server, "a", number)  # it saves, and is no worker that has come back
         assert not server.members.leave("a", key_of("a"))
         assert server.members.register(Register("a", key_of("a"))) == "back"
+
+    def test_a_removed_worker_hears_it_from_a_server_that_was_started_again(self) -> None:
+        server, again = Server(num_workers=1), Server(num_workers=1)
+        server.come("a")
+        server.members.remove("a", "kicked")
+        again.members.load_state_dict(server.members.state_dict())
+        command, number = self.beat(again, "a")
+        assert command == "stop"
+        assert number > 0
 
     @pytest.mark.parametrize("lease_s", [30.0, 0.0])
     def test_a_removed_worker_that_takes_no_leave_may_come_back_after_a_while(self, lease_s: float) -> None:
@@ -538,9 +558,11 @@ class TestALateContributionThatWasCountedInALaterRound:
         server.bring("b")
         server.bring("w", base=9)
         server.close()
-        server.bring("w", "b")  # begun with a lower number, and new
+        assert server.verdict("w", 2) == "counted"
+        server.bring("b")
+        server.silent_for(31, but=["b"])
         server.close()
-        assert server.verdict("w", 2, base=2) == "counted"
+        assert server.verdict("w", 3) == Closed(version(4))  # begun with a lower number, and new
 
     def test_another_worker_of_that_name_has_nothing_to_do_with_it(self) -> None:
         server = self.late()

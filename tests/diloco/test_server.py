@@ -460,7 +460,7 @@ def test_commands_are_relayed_and_a_drained_server_ends_when_all_have_left(tmp_p
         until(server.coordinator.stopped.is_set)
 
 
-def test_a_drained_server_counts_what_has_come_before_it_ends(tmp_path: Path) -> None:
+def test_a_drained_server_counts_what_has_come_before_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last worker leaves while others' contributions are still waiting for their turn."""
     go_on = threading.Event()
 
@@ -472,12 +472,16 @@ def test_a_drained_server_counts_what_has_come_before_it_ends(tmp_path: Path) ->
     settings = settings_of(one(0.0), mode="async")
     with running_server(tmp_path, one(0.0), settings, Slow(1.0, 0.0), num_workers=3) as server:
         a, b = come(server, "a", "b")  # of the three that are awaited
+        looks: list[None] = []
+        expire = server.coordinator.members.expire
+        monkeypatch.setattr(server.coordinator.members, "expire", lambda: (looks.append(None), expire())[1])
         for worker in (a, b):
             worker.contribute(0, one(1.0))
         ask(server, "POST", "/v1/control/drain")
         until(lambda: server.call(lambda: bool(server.coordinator.rounds.rounds[0].closing)))
         assert a.leave().status == b.leave().status == 200
-        time.sleep(0.6)  # twice as long as it takes to see that all have left
+        looked = len(looks)
+        until(lambda: len(looks) > looked + 1)  # it has seen that all have left
         assert not server.coordinator.stopped.is_set()
         go_on.set()
         until(server.coordinator.stopped.is_set)
@@ -514,10 +518,10 @@ def test_what_an_operator_removes_while_a_disk_is_waited_for_does_not_end_the_se
     with running_server(tmp_path, one(0.0), num_workers=2) as server:
         a, b = come(server, "a", "b")
         monkeypatch.setattr(CheckpointStore, "save", slowly)
+        a.contribute(0, one(1.0))
         saving = threading.Thread(target=lambda: ask(server, "POST", "/v1/control/save"))
         saving.start()
         assert is_saving.wait(10)
-        a.contribute(0, one(1.0))
         b.contribute(0, one(5.0))  # the round is to be closed, and waits for the save
         ask(server, "POST", "/v1/control/kick", {"worker": "b"})
         go_on.set()
