@@ -474,7 +474,12 @@ def test_a_drained_server_counts_what_has_come_before_it_ends(tmp_path: Path, mo
         a, b = come(server, "a", "b")  # of the three that are awaited
         looks: list[None] = []
         expire = server.coordinator.members.expire
-        monkeypatch.setattr(server.coordinator.members, "expire", lambda: (looks.append(None), expire())[1])
+
+        def looking() -> list[str]:
+            looks.append(None)
+            return expire()
+
+        monkeypatch.setattr(server.coordinator.members, "expire", looking)
         for worker in (a, b):
             worker.contribute(0, one(1.0))
         ask(server, "POST", "/v1/control/drain")
