@@ -131,8 +131,9 @@ def combine(
     Without a change (fp32) the published values are to be the master's. `damping` is the weight of what is stale.
     """
     room = torch.empty(PIECE)
+    largest = torch.empty(max((values.numel() for values in master.values()), default=0))
     for name, values in master.items():
-        mean = torch.empty_like(values)
+        mean = largest[: values.numel()].view_as(values)
         _mean(mean, name, taken, values, published[name], damping, room, is_exact=change is None)
         outer.step(name, values, mean)
         if change is not None:

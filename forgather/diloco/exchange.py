@@ -313,10 +313,11 @@ class Exchange:
             )
         decoder = codec(header.codec)
         is_sound = True
+        scratch: list[Tensor] = []
         for holding, digest in zip(self.fragment.owned, header.digests, strict=True):
             out = self.values[holding.slice.name]
             if header.content == "change":
-                read_change(answer, decoder, holding.shape, holding.slice, out)
+                read_change(answer, decoder, holding.shape, holding.slice, out, scratch)
                 out.add_(self.fragment.anchor[holding.slice.name])
             else:
                 answer.read_into(raw_bytes(out))
@@ -366,12 +367,20 @@ class Exchange:
                 self._changed.wait(self._backoff.next_s())
 
 
-def read_change(answer: Answer, decoder: Codec, shape: Sequence[int], part: Slice, out: Tensor) -> None:
-    """Fill `out` with the elements of a slice, out of the encoded ranges of its parameter that cover it."""
+def read_change(
+    answer: Answer, decoder: Codec, shape: Sequence[int], part: Slice, out: Tensor, scratch: list[Tensor]
+) -> None:
+    """Fill `out` with the elements of a slice, out of the encoded ranges of its parameter that cover it.
+
+    `scratch`, empty at first, has the memory that the slices of an answer are read into, one after the other.
+    """
     starts, length = runs(shape, part)
     done = 0
     for start, stop in covering_ranges(shape, part, BLOCK):
-        encoded = torch.empty(decoder.encoded_bytes(stop - start), dtype=torch.uint8)
+        num_bytes = decoder.encoded_bytes(stop - start)
+        if not scratch or scratch[0].numel() < num_bytes:
+            scratch[:] = [torch.empty(num_bytes, dtype=torch.uint8)]
+        encoded = scratch[0][:num_bytes]
         answer.read_into(raw_bytes(encoded))
         for run in starts[np.searchsorted(starts, start) : np.searchsorted(starts, stop)].tolist():
             decoder.decode(encoded, stop - start, out[done : done + length], run - start)

@@ -31,6 +31,8 @@ class Flight:
         fragment, exchange = self.fragment, self.exchange
         has_trained = self.sent is not None and step > self.begun
         fragment.take(exchange.values, self.sent if has_trained else None, alpha)
+        if self.sent is not None:
+            fragment.give_back(self.sent)
         fragment.number_of_version = number
         fragment.version = exchange.version
         for part in exchange.parts:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from forgather.errors import CheckpointError, ConfigError
 
-_PIECE = 1 << 20  # elements that are worked on at a time, so that no second copy of a tensor is made
+_PIECE = 1 << 18  # elements that are worked on at a time, so that they stay in a cache
 
 
 class Outer(Protocol):
@@ -66,8 +66,9 @@ class Nesterov:
             return
         if name not in self._momenta:
             self._momenta[name] = torch.zeros_like(master)
+        room = torch.empty(min(_PIECE, master.numel()))
         for value, target, momentum in _pieces(master, mean, self._momenta[name]):
-            gradient = value - target
+            gradient = torch.sub(value, target, out=room[: value.numel()])
             _move_towards(value, target, self.lr)
             momentum.mul_(self.momentum)
             if self.nesterov:
@@ -126,8 +127,9 @@ class DelayedNesterov:
             self._arrivals[name] = torch.zeros((), dtype=torch.int64)
         arrivals = self._arrivals[name].add_(1)
         is_full = bool(arrivals == self.every)
+        room = torch.empty(min(_PIECE, master.numel()))
         for value, target, momentum, total in _pieces(master, mean, self._momenta[name], self._sums[name]):
-            total.add_(value - target)
+            total.add_(torch.sub(value, target, out=room[: value.numel()]))
             _move_towards(value, target, self.lr / self.every)
             if is_full:
                 momentum.mul_(self.momentum).add_(total, alpha=1 / self.every)

@@ -9,6 +9,7 @@ while the rest still comes.
 import errno
 import mmap
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -63,6 +64,7 @@ class Spool:
         self.memory_bytes = memory_bytes
         self.memory_used = 0
         self.disk_used = 0
+        self._spare: list[mmap.mmap] = []  # memory that was given back
         self._submit = submit
 
     def room(self, num_bytes: int) -> Room:
@@ -73,6 +75,25 @@ class Spool:
         if free < _WORTH_BYTES:
             return _File(self, num_bytes, self._submit)
         return _Both(_Memory(self, free), _File(self, num_bytes - free, self._submit))
+
+    def take_pages(self, num_bytes: int) -> mmap.mmap:
+        """Memory of this size: some that was given back, as the first touch of a page costs several copies of it."""
+        self.memory_used += num_bytes
+        for number, spare in enumerate(self._spare):
+            if len(spare) == max(1, num_bytes):
+                return self._spare.pop(number)
+        self._spare.clear()  # so that with what is spare there is never more than the budget
+        # Private, as only such pages can be huge ones.
+        fresh = mmap.mmap(-1, max(1, num_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE") and num_bytes >= 2 << 20:
+            fresh.madvise(mmap.MADV_HUGEPAGE)
+        return fresh
+
+    def give_back_pages(self, pages: mmap.mmap, num_bytes: int, *, are_free: bool) -> None:
+        """Memory that is not used any more; with views of it that still are it is left to them."""
+        self.memory_used -= num_bytes
+        if are_free:
+            self._spare.append(pages)
 
 
 def refusal(folder: Path, error: OSError) -> ProtocolError:
@@ -92,13 +113,9 @@ class _Memory:
     def __init__(self, spool: Spool, num_bytes: int) -> None:
         self.num_bytes = num_bytes
         self._spool: Spool | None = spool
-        # Private, as only such pages can be huge ones.
-        self._map = mmap.mmap(-1, max(1, num_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE") and num_bytes >= 2 << 20:
-            self._map.madvise(mmap.MADV_HUGEPAGE)  # the first touch of a small page costs ten times what a copy does
+        self._map = spool.take_pages(num_bytes)
         self._data = memoryview(self._map)
         self._at = 0
-        spool.memory_used += num_bytes
 
     def take(self) -> None:
         """The system gives a page when it is written to."""
@@ -122,10 +139,12 @@ class _Memory:
 
     def release(self) -> None:
         if self._spool is not None:
-            self._spool.memory_used -= self.num_bytes
+            # A view has a reference to what it was made from: here there is the attribute, and the argument itself.
+            are_free = sys.getrefcount(self._data) == 2
+            self._spool.give_back_pages(self._map, self.num_bytes, are_free=are_free)
             self._spool = None
             self._data = memoryview(b"")
-            del self._map  # unmapped with its last view
+            del self._map  # unmapped with its last view, where it does not serve again
 
 
 class _File:

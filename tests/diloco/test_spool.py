@@ -174,3 +174,27 @@ def test_a_file_that_a_thread_is_still_making_is_closed_when_it_is_there(tmp_pat
     assert num_open_files() == before + 1
     made.set_result(None)
     assert num_open_files() == before
+
+
+def test_memory_that_was_given_back_serves_again_unless_somebody_looks_at_it(
+    tmp_path: Path, submit: Callable[..., "Future[None]"]
+) -> None:
+    spool = Spool(tmp_path, 8 * MIB, submit)
+    room = spool.room(4 * MIB)
+    put(room, b"a" * (4 * MIB))
+    address = room.view(0, 1).data_ptr()
+    room.release()
+    again = spool.room(4 * MIB)
+    put(again, b"b" * (4 * MIB))
+    seen = again.view(0, 4 * MIB)
+    assert seen.data_ptr() == address
+    again.release()
+    third = spool.room(4 * MIB)  # what was seen stays good
+    put(third, b"c" * (4 * MIB))
+    assert third.view(0, 1).data_ptr() != address
+    assert bool((seen == ord("b")).all())
+    # Of another size there is none, and what was spare goes, so that the budget holds.
+    third.release()
+    spool.room(5 * MIB)
+    assert spool.memory_used == 5 * MIB
+    assert not spool._spare
