@@ -145,14 +145,14 @@ def wait_until_it_stands(server: RunningServer) -> int:
 
 def test_a_run_goes_on_when_rows_come_again(folder, tmp_path, monkeypatch):  # noqa: F811
     with server_of(folder, tmp_path, monkeypatch, heartbeat_s=0.02) as (server, arguments):
-        with running(Project(folder, args=arguments | QUIET | {"steps": 60})) as ended:
+        with running(Project(folder, args=arguments | QUIET | {"steps": 24})) as ended:
             with without_rows(server, monkeypatch) as asked:
                 wait_for(lambda: len(asked) > 1, 30)
             wait_for(lambda: bool(ended), 30)
         assert ended == [EXIT_OK]
-        assert run_worker(Project(folder, args=QUIET | {"steps": 60, "run_name": f"alone {tmp_path.name}"})) == EXIT_OK
-        assert same_weights(folder, f"alone {tmp_path.name}", arguments["run_name"], 60)
-        assert server.status()["ledger"] | {"trained": 240, "repeated": 0} == server.status()["ledger"]
+        assert run_worker(Project(folder, args=QUIET | {"steps": 24, "run_name": f"alone {tmp_path.name}"})) == EXIT_OK
+        assert same_weights(folder, f"alone {tmp_path.name}", arguments["run_name"], 24)
+        assert server.status()["ledger"] | {"trained": 96, "repeated": 0} == server.status()["ledger"]
 
 
 def test_a_dry_run_leases_nothing(folder, tmp_path, monkeypatch, capsys):  # noqa: F811
