@@ -25,15 +25,14 @@ from torch.utils.hooks import RemovableHandle
 
 from forgather.diloco import joining, worker_state
 from forgather.diloco.address import ServerAddress, server_named
-from forgather.diloco.farewell import let_server_save, take_leave
-from forgather.diloco.flights import Flights
 from forgather.diloco.joining import Introduction, join
 from forgather.diloco.lease_desk import LeaseDesk
 from forgather.diloco.local_fragment import LocalFragment
-from forgather.diloco.membership import Heartbeats, Membership, require_parameters, require_same
-from forgather.diloco.messages import Beat, Settings
+from forgather.diloco.membership import Membership, require_parameters, require_same
+from forgather.diloco.messages import Settings
 from forgather.diloco.pulse import Pulse
 from forgather.diloco.schedule import Schedule
+from forgather.diloco.session import Session, leave
 from forgather.diloco.slices import Holdings
 from forgather.diloco.turns import Turns
 from forgather.diloco.worker_state import Restored
@@ -124,12 +123,11 @@ class DiLoCo:
         self._say = say or (lambda text: print(text, file=sys.stderr, flush=True))
         self._holdings = None if self.is_inert else Holdings(model, optimizer)
         self._fragments: list[LocalFragment] = []
-        self._turns: Turns | None = None
         self._rows: dict[int, int] = {}  # of the data, trained on when a fragment was last sent
         self._restored: Restored | None = None
         self._schedule: Schedule | None = None
         self._membership: Membership | None = None
-        self._heartbeats: Heartbeats | None = None
+        self._session: Session | None = None
         self._hook: RemovableHandle | None = None
         self._pulse = Pulse(tokens_per_step)
         self._is_finished = False
@@ -162,8 +160,9 @@ class DiLoCo:
         if self.is_inert:
             return
         try:
-            if kind is None and self._turns is not None:
-                self._part(self._turns)
+            if kind is None and self._session is not None:
+                self._session.deliver(is_finished=self._is_finished)
+                self._say_what_is_unsent(self._session.turns)
         finally:
             self._end()
 
@@ -172,10 +171,11 @@ class DiLoCo:
 
         Collective. With the server there, the parameters are then what it has.
         """
-        if self._turns is not None:
-            self._turns.settle(self.steps)  # a fragment has one exchange at a time
-            self._turns.send_rest(self.steps)
-            self._turns.settle(self.steps)
+        if self._session is not None:
+            turns = self._session.turns
+            turns.settle(self.steps)  # a fragment has one exchange at a time
+            turns.send_rest(self.steps)
+            turns.settle(self.steps)
             self._is_finished = True
 
     def settle(self) -> None:
@@ -183,8 +183,8 @@ class DiLoCo:
 
         Without a step since it began, and with the server there, the parameters are then what the server has.
         """
-        if self._turns is not None:
-            self._turns.settle(self.steps)
+        if self._session is not None:
+            self._session.turns.settle(self.steps)
 
     # A hook of the trainer
 
@@ -204,14 +204,15 @@ class DiLoCo:
         A run that is stopped keeps it: it goes on. One that a server drains may not, and others may have gone with what
         its rounds wait for, so it does not wait for them without end.
         """
-        if self._turns is None or event.is_stopping:
+        session = self._session
+        if session is None or event.is_stopping:
             return
         if event.is_finished:
             self.finish()
         elif max_ranks(int(self._pulse.command == "drain")):
-            self._turns.send_rest(self.steps)
-            self._turns.flights.deliver()
-            self._turns.flights.hurry()
+            session.turns.send_rest(self.steps)
+            session.flights.deliver()
+            session.flights.hurry()
             self.finish()
 
     @property
@@ -225,9 +226,9 @@ class DiLoCo:
 
     def metrics(self) -> dict[str, float]:
         """The last version, seconds waited and millions of bytes moved by all ranks since the last log."""
-        if self._turns is None:
+        if self._session is None:
             return {}
-        flights = self._turns.flights
+        flights = self._session.flights
         (waited_s, up, down), self._logged = self._logged, (flights.waited_s, flights.bytes_up, flights.bytes_down)
         return {
             "round": float(max(fragment.number_of_version for fragment in self._fragments)),
@@ -252,8 +253,8 @@ class DiLoCo:
         """All that makes this the same worker after a restart, on any mesh; see `worker_state`."""
         if self.settings is None or self._schedule is None:
             return {}
-        rows = self._rows if self._turns is None else self._turns.rows
-        under_way = {} if self._turns is None else self._turns.flights.under_way
+        rows = self._rows if self._session is None else self._session.turns.rows
+        under_way = {} if self._session is None else self._session.flights.under_way
         return {
             "key": self._key,
             "worker": self._worker,
@@ -310,31 +311,23 @@ class DiLoCo:
             self._adopt(self._membership.registered.settings)
         assert self.settings is not None, "it is the server's, or that of the checkpoint"
         assert self._schedule is not None, "it goes with the settings"
-        self._membership.settings = self.settings
-        flights = Flights(
+        self._session = Session(
             self._membership,
             self.settings,
-            patience_s=self.patience_s,
-            is_stopping=self._is_told_to_end,
-            failure=lambda: None if self._heartbeats is None else self._heartbeats.failure,
-            say=self._say,
-        )
-        self._turns = Turns(
             self._fragments,
             self._schedule,
-            flights,
-            self._membership,
-            self.settings,
+            self._pulse,
+            patience_s=self.patience_s,
+            is_stopping=self._is_stopping,
+            say=self._say,
             tokens_per_step=self.tokens_per_step,
             rows=self._rows,
             num_rows=self._num_rows,
             consumed=self._consumed,
         )
         if rank() == 0:
-            if self.settings.heartbeat_s > 0:
-                self._heartbeats = Heartbeats(self._membership, self.settings.heartbeat_s, self._pulse.tell, self._hear)
             self._say(self.describe())
-        return self._turns
+        return self._session.turns
 
     def _adopt(self, settings: Settings) -> None:
         """Let the settings that the server has now be in force, as far as a worker can go on under them."""
@@ -349,43 +342,23 @@ class DiLoCo:
         self._schedule.next_round_seconds = settings.round_seconds
         self.settings = settings
 
-    def _hear(self, beat: Beat) -> None:
-        self._pulse.hear(beat)
-        if self._turns is not None:
-            self._turns.flights.wanted_sync_every = beat.sync_every
-            if beat.command == "drain":
-                self._turns.flights.hurry()
-
-    def _is_told_to_end(self) -> bool:
-        return self._is_stopping() or self._pulse.is_called_off
-
     # A step
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG002  what torch passes
-        assert self._turns is not None, "it has joined"
+        assert self._session is not None, "it has joined"
         self._pulse.pace.step_ended()
         self.steps += 1
         self._pulse.steps = self.steps
         self._is_finished = False
-        self._turns.after_step(self.steps)
+        self._session.turns.after_step(self.steps)
         self._pulse.pace.step_begins()
 
     # The end
 
-    def _part(self, turns: Turns) -> None:
-        """See that the server has what it was sent, and keeps it, as far as that can be had. Collective."""
-        is_delivered = turns.flights.deliver()
-        is_kept = not max_ranks(int(any(fragment.kept for fragment in self._fragments)))
-        if rank() > 0 or self._is_told_to_end():
-            return  # the checkpoint has it, and the run goes on
-        if not is_delivered:
-            self._say(
-                "warning: the server has not got all that this run has made; its checkpoint has it, and the same "
-                "command, with more steps where all are made, brings it"
-            )
-        elif self._is_finished and not is_kept and self._membership is not None:
-            let_server_save(self._membership, self._is_told_to_end, self._say)
-        if not self._is_hook and not self._is_finished and (unsent := turns.num_unsent(self.steps)):
+    def _say_what_is_unsent(self, turns: Turns) -> None:
+        """In a loop of one's own: a trainer says itself when its run ends, and what it stops goes on some day."""
+        unsent = turns.num_unsent(self.steps)
+        if rank() == 0 and unsent and not self._is_hook and not self._is_finished:
             self._say(f"note: the last {unsent} steps were not sent to the server; call finish() where a run ends")
 
     def _end(self) -> None:
@@ -395,15 +368,10 @@ class DiLoCo:
             self._hook = None
         if self._leases is not None:
             self._leases.leave()
-        if self._turns is not None:
-            self._turns.flights.close()
-        if self._heartbeats is not None:
-            self._heartbeats.close()
-            self._heartbeats = None
+        if self._session is not None:
+            self._session.close()
         if self._membership is not None:
-            if rank() == 0 and self._membership.registered is not None:
-                take_leave(self._membership, self._say)
-            self._membership.close()
+            leave(self._membership, self._say)
 
     def describe(self) -> str:
         """One line: where the server is, who this is to it, and what it has set."""

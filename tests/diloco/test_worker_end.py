@@ -1,5 +1,6 @@
 """How a worker ends: with nothing unsent, nothing that hangs, and its last contribution on the server's disk."""
 
+import asyncio
 import threading
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -189,7 +190,7 @@ def test_a_run_that_is_told_to_end_does_not_stay_to_deliver(tmp_path, monkeypatc
 
 
 def _under_way(counter: Counter):
-    return list(counter.diloco._turns.flights.under_way.values())
+    return list(counter.diloco._session.flights.under_way.values())
 
 
 def test_the_last_contribution_of_a_finished_run_is_on_the_servers_disk(tmp_path):
@@ -221,14 +222,18 @@ def test_a_finished_run_says_when_the_server_cannot_save(tmp_path, monkeypatch):
 
 def test_a_finished_run_that_is_told_to_end_does_not_wait_for_the_servers_disk(tmp_path, monkeypatch):
     with running_server(tmp_path, VALUES, settings(), save_every=100) as server:
-        begun, asked = threading.Event(), threading.Event()
+        begun, asked, has_ended = threading.Event(), threading.Event(), threading.Event()
+        has_saved = server.call(asyncio.Event)
 
-        async def never() -> int:
+        async def slowly() -> int:
             begun.set()
-            await server.coordinator.stopped.wait()
+            try:
+                await has_saved.wait()
+            finally:
+                has_ended.set()
             return 0
 
-        monkeypatch.setattr(server.coordinator.controls, "save", never)
+        monkeypatch.setattr(server.coordinator.controls, "save", slowly)
         counter = Counter(address_of(server), is_stopping=asked.is_set)
         come(counter)
         counter.step(2)
@@ -240,6 +245,9 @@ def test_a_finished_run_that_is_told_to_end_does_not_wait_for_the_servers_disk(t
         asked.set()
         leaving.join(10)
         assert not leaving.is_alive()
+        server.call(has_saved.set)
+        assert has_ended.wait(10)
+        assert server.status()["workers"]["alpha"]["state"] == "left"
 
 
 def test_a_worker_that_finishes_while_the_server_is_away_has_it_in_its_state(tmp_path):

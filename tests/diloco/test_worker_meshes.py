@@ -181,7 +181,7 @@ def heard_differently(address: ServerAddress, folder: Path) -> tuple[int, list[s
         with suppress(_KilledError), diloco:
             while diloco.steps < 2:
                 step(model, optimizer, diloco.steps)
-            exchange = diloco._turns.flights.under_way[0].exchange
+            exchange = diloco._session.flights.under_way[0].exchange
             exchange.encoded()
             if rank() == 1:
                 exchange.round = 1
@@ -192,7 +192,7 @@ def heard_differently(address: ServerAddress, folder: Path) -> tuple[int, list[s
         resumed = DiLoCo(model, optimizer, address, "alpha", say=lambda text: None)
         assert store.resume(TrainState(model, optimizer, {"diloco": resumed})) is not None
         with suppress(_KilledError), resumed:
-            exchange = resumed._turns.flights.under_way[0].exchange
+            exchange = resumed._session.flights.under_way[0].exchange
             parts = [f"{part.identity.round}.{part.identity.part}" for part in exchange.parts]
             raise _KilledError
     return exchange.agreed_round, parts
