@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from forgather.checkpoint.part import write_all
 from forgather.diloco.messages import Version, parse_json
@@ -28,10 +29,17 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.rates: Mapping[str, Any] | None = None  # as they were changed last, once `after` has read it
 
     def add(self, fragment: int, version: Version, made: Made) -> None:
         """Return when it is on the disk. OSError when that cannot be; then there is no such line."""
-        content = [fragment, version.to_json(), [list(each) for each in made.contributors], dict(made.rates)]
+        self._write([fragment, version.to_json(), [list(each) for each in made.contributors], dict(made.rates)])
+
+    def add_rates(self, state: Mapping[str, Any]) -> None:
+        """The same of the state of the rates, when an operator has changed them."""
+        self._write({"rates": state})
+
+    def _write(self, content: Any) -> None:
         is_new = not self.path.exists()
         with self.path.open("ab", buffering=0) as file:
             before = file.tell()
@@ -45,7 +53,7 @@ class Journal:
             sync(self.path.parent)
 
     def clear(self) -> None:
-        """All of its rounds are in a checkpoint."""
+        """All of it is in a checkpoint."""
         self.path.unlink(missing_ok=True)
 
     def after(self, versions: Sequence[Version]) -> list[list[Made]]:
@@ -61,16 +69,23 @@ class Journal:
         if torn:
             self._cut(len(torn))
         for line in lines:
-            fragment, number, made = self._read(line)
+            content = self._read(line)
+            if isinstance(content, dict):
+                self.rates = content["rates"]
+                continue
+            fragment, number, made = content
             place = number - versions[fragment].number - 1
             if 0 <= place <= len(rounds[fragment]) and rounds[fragment][place : place + 1] != [made]:
                 # What was made again as it was is nothing new; if others made it, what came after is not to come again.
                 rounds[fragment][place:] = [made]
         return rounds
 
-    def _read(self, line: bytes) -> tuple[int, int, Made]:
+    def _read(self, line: bytes) -> tuple[int, int, Made] | dict[str, Any]:
         try:
-            fragment, version, contributors, rates = parse_json(line)
+            content = parse_json(line)
+            if isinstance(content, dict):
+                return {"rates": dict(content["rates"])}
+            fragment, version, contributors, rates = content
             found = [(str(worker), int(round)) for worker, round in contributors]
             made = Made(found, {str(name): float(rate) for name, rate in rates.items()})
             return int(fragment), Version.from_json(version).number, made

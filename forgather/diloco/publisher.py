@@ -139,6 +139,9 @@ class Publisher:
             self._rounds.replay(fragment, [each.contributors for each in made])
             first = self._fragments[fragment].version.number + 1
             self._again |= {(fragment, number): each for number, each in enumerate(made, start=first)}
+        if self._journal.rates is not None:
+            for words in self.rates.load_state_dict(self._journal.rates):
+                self.run.say(words)
         number = sum(map(len, again))
         self.run.say(
             f"going on from {newest.path}" + (f"; {number} rounds since then are to be made again" if number else "")
@@ -272,7 +275,8 @@ class Publisher:
 
     async def _save(self) -> None:
         self._state.document = self._document()  # here, where nobody changes it meanwhile
-        may_clear = not self._rounds.is_made_again
+        # A step that is saved already is not written again, and what was set since is in the journal alone.
+        may_clear = self._unsaved > 0 and not self._rounds.is_made_again
         await self._in_thread(lambda: self._write(may_clear=may_clear))
         self._unsaved = 0
         self._mark_durable()
@@ -308,9 +312,18 @@ class Publisher:
 
     def set_outer(self, **rates: float) -> None:
         """Change `lr` or `momentum` of the outer optimizer, when its step has ended."""
+        if not rates:
+            return
         self.rates.change(**rates)
+        self._thread.submit(self._keep_rates, self.rates.state_dict())  # before what is made with them, in that thread
         if not self._lock.locked():
             self.rates.apply()
+
+    def _keep_rates(self, state: Mapping[str, Any]) -> None:
+        try:
+            self._journal.add_rates(state)
+        except OSError as error:
+            self.run.say(f"warning: the rates of the outer optimizer are not written down: {error.strerror}")
 
     async def close(self) -> None:
         """Save what is not saved, where the disk takes it, and let go of everything."""

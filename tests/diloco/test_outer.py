@@ -216,6 +216,16 @@ def test_momentum_never_used_is_refused():
         DelayedNesterov(every=0)
 
 
+def test_a_momentum_that_was_set_to_none_leaves_no_state_and_does_not_come_back():
+    outer, master = Nesterov(1.0, 0.9), torch.ones(3)
+    outer.step("w", master, torch.zeros(3))
+    outer.momentum = 0.0
+    Nesterov(1.0, 0.0).load(outer.state_tensors())
+    outer.step("w", master, torch.zeros(3))
+    outer.momentum = 0.9
+    assert outer.state_tensors() == {}
+
+
 def test_the_state_of_another_optimizer_is_refused():
     nesterov, delayed = Nesterov(), DelayedNesterov()
     for outer in (nesterov, delayed):

@@ -460,6 +460,19 @@ def test_commands_are_relayed_and_a_drained_server_ends_when_all_have_left(tmp_p
         until(server.coordinator.stopped.is_set)
 
 
+def looks_of(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """Grows each time that the server looks who is there, some times a second."""
+    looks: list[None] = []
+    expire = server.coordinator.members.expire
+
+    def looking() -> list[str]:
+        looks.append(None)
+        return expire()
+
+    monkeypatch.setattr(server.coordinator.members, "expire", looking)
+    return looks
+
+
 def test_a_drained_server_counts_what_has_come_before_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last worker leaves while others' contributions are still waiting for their turn."""
     go_on = threading.Event()
@@ -472,14 +485,7 @@ def test_a_drained_server_counts_what_has_come_before_it_ends(tmp_path: Path, mo
     settings = settings_of(one(0.0), mode="async")
     with running_server(tmp_path, one(0.0), settings, Slow(1.0, 0.0), num_workers=3) as server:
         a, b = come(server, "a", "b")  # of the three that are awaited
-        looks: list[None] = []
-        expire = server.coordinator.members.expire
-
-        def looking() -> list[str]:
-            looks.append(None)
-            return expire()
-
-        monkeypatch.setattr(server.coordinator.members, "expire", looking)
+        looks = looks_of(server, monkeypatch)
         for worker in (a, b):
             worker.contribute(0, one(1.0))
         ask(server, "POST", "/v1/control/drain")
@@ -536,7 +542,9 @@ def test_what_an_operator_removes_while_a_disk_is_waited_for_does_not_end_the_se
         assert server.status()["trouble"] is None
 
 
-def test_a_version_waits_for_a_slow_answer_that_was_broken_off_before(tmp_path: Path) -> None:
+def test_a_version_waits_for_a_slow_answer_that_was_broken_off_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     large = {"w": torch.zeros(4 << 20)}  # more than the network keeps for one that does not read
     with running_server(tmp_path, large) as server:
         worker = come(server, "a")[0]
@@ -567,8 +575,13 @@ def test_a_version_waits_for_a_slow_answer_that_was_broken_off_before(tmp_path: 
         until(lambda: server.status()["versions"] == [1])
         assert rest_of(first) < large["w"].nbytes
         second = begin_to_read()
+        said: list[str] = []
+        monkeypatch.setattr(server.coordinator.run, "say", said.append)
+        looks = looks_of(server, monkeypatch)
         worker.contribute(1, {"w": torch.ones(4 << 20)})
-        until(lambda: server.call(lambda: bool(server.coordinator.rounds.rounds[0].closing)))
+        until(lambda: any("waits for up to 30 s, until a has" in words for words in said))
+        looked = len(looks)
+        until(lambda: len(looks) > looked + 1)
         assert server.status()["versions"] == [1]
         assert rest_of(second) > large["w"].nbytes
         until(lambda: server.status()["versions"] == [2])

@@ -385,9 +385,9 @@ class TestRatesThatAnOperatorHasSet:
         with running_server(tmp_path / "one", one(0.0), outer=Nesterov(), **arguments) as server:
             worker = come(server, "a")[0]
             for round, rate in enumerate((0.5, 0.25, 0.125)):
-                assert ask(server, "POST", "/v1/control/set", {"outer_lr": rate}).status == 200
                 if round == 2:
                     shutil.copytree(tmp_path / "one", tmp_path / "copy")
+                assert ask(server, "POST", "/v1/control/set", {"outer_lr": rate}).status == 200
                 worker.contribute(round, one(1.0))
                 worker.taken(one(0.0), whole(one(0.0)), at_least=round + 1)
                 if round == 1:
@@ -400,7 +400,19 @@ class TestRatesThatAnOperatorHasSet:
                 again, held = worker.taken(one(0.0), whole(one(0.0)), at_least=round + 1)
             assert again == version
             assert torch.equal(held["w"], expected)
-            assert server.coordinator.outer.lr == 0.7  # type: ignore[attr-defined]  # from here on
+            assert server.coordinator.outer.lr == 0.25  # type: ignore[attr-defined]  # from here on
+
+    def test_they_hold_also_where_nothing_was_made_with_them(self, tmp_path: Path) -> None:
+        with running_server(tmp_path / "one", one(0.0), outer=Nesterov()) as server:
+            worker = come(server, "a")[0]
+            worker.contribute(0, one(1.0))
+            until(lambda: server.status()["durable"] == [1])
+            ask(server, "POST", "/v1/control/set", {"outer_lr": 0.5, "outer_momentum": 0.0})
+            ask(server, "POST", "/v1/control/save")  # there is nothing new
+        shutil.copytree(tmp_path / "one", tmp_path / "copy")
+        for folder in ("one", "copy"):
+            with running_server(tmp_path / folder, one(0.0), outer=Nesterov()) as server:
+                assert server.coordinator.publisher.rates.in_force == {"lr": 0.5, "momentum": 0.0}
 
     def test_they_hold_after_a_restart_until_the_flags_say_something_else(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
