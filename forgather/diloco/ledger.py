@@ -27,7 +27,7 @@ class Ledger:
     def open(self, path: Path) -> None:
         """Take up the leases that were given since the state was saved, and write new ones there."""
         self._journal = self._thread.submit(LeaseJournal, path, self._units).result()
-        self._tell(lambda: None)
+        self.status = self._thread.submit(self._units.status).result()
 
     def begin(self, worker: str, run: str) -> None:
         self._tell(lambda: self._units.begin(worker, run))
