@@ -21,8 +21,10 @@ from forgather.checkpoint.layout import Layout
 from forgather.checkpoint.storage import dtype_of
 from forgather.diloco.fragment_values import FragmentValues
 from forgather.diloco.messages import Version
+from forgather.errors import CheckpointError
 
 EXTRA = "diloco"
+FORMAT = 2  # of the document; nothing reads another
 
 
 class OuterState(Protocol):
@@ -68,7 +70,7 @@ class ServerState:
             if fragment.change is not None and fragment.changed_from is not None:
                 tensors[f"extras/{EXTRA}/change/{number}"] = fragment.change.data
                 changes[str(number)] = fragment.changed_from.to_json()
-        own = self.document | {"changes": changes}
+        own = self.document | {"format": FORMAT, "changes": changes}
         extras, others = split({name: extra.state_dict() for name, extra in self._others.items()}, "extras")
         assert isinstance(extras, dict), "a dict of states becomes a dict"
         return tensors | others, {"optimizer": {}, "extras": {EXTRA: own, **extras}, "random": {}}
@@ -94,8 +96,15 @@ class ServerState:
 
     @torch.no_grad()
     def accept(self, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Take what was read into `targets`."""
+        """Take what was read into `targets`. CheckpointError for a server's state of another version."""
         own = document["extras"][EXTRA]
+        if own.get("format") != FORMAT:
+            raise CheckpointError(
+                f"this state of a server has format {own.get('format', 1)}, and this version of forgather writes and "
+                f"reads {FORMAT}",
+                fix="go on with the version that wrote it; or `forgather export` its model, and begin with that in another "
+                "folder: -m EXPORTED -o ANOTHER",
+            )
         for fragment in self.fragments:
             for name, values in fragment.published.items():
                 if f"extras/{EXTRA}/published/{name}" not in tensors:

@@ -20,7 +20,7 @@ from forgather.checkpoint import background
 from forgather.checkpoint.layout import read_layout
 from forgather.checkpoint.storage import read_tensor
 from forgather.cli.main import main
-from forgather.diloco import publisher
+from forgather.diloco import publisher, server_state
 from forgather.diloco.fragment_values import FragmentValues
 from forgather.diloco.journal import Journal, Made
 from forgather.diloco.messages import Settings, Version
@@ -566,6 +566,16 @@ def test_a_folder_of_a_server_with_other_settings_is_refused(
         running_server(tmp_path, values(0), settings_of(values(0), fragments, **said)),
     ):
         pass
+
+
+def test_a_folder_of_another_format_is_refused_with_a_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as before:
+        before.setattr(server_state, "FORMAT", 1)
+        with running_server(tmp_path, one(0.0)):
+            pass
+    with pytest.raises(CheckpointError, match="has format 1") as refused, running_server(tmp_path, one(0.0)):
+        pass
+    assert "forgather export" in str(refused.value.fix)
 
 
 def test_after_a_restart_all_are_to_say_that_they_are_there_and_their_names_are_theirs(tmp_path: Path) -> None:
