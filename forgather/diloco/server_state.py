@@ -102,8 +102,8 @@ class ServerState:
             raise CheckpointError(
                 f"this state of a server has format {own.get('format', 1)}, and this version of forgather writes and "
                 f"reads {FORMAT}",
-                fix="go on with the version that wrote it; or `forgather export` its model, and begin with that in another "
-                "folder: -m EXPORTED -o ANOTHER",
+                fix="go on with the version that wrote it; or `forgather export` its model, and begin with that in "
+                "another folder: -m EXPORTED -o ANOTHER",
             )
         for fragment in self.fragments:
             for name, values in fragment.published.items():
