@@ -59,6 +59,10 @@ def running(project: Project) -> Iterator[list[int]]:
         assert not run.is_alive()
 
 
+def names_of_threads() -> set[str]:
+    return {thread.name for thread in threading.enumerate()}
+
+
 def same_weights(folder: Path, one: str, other: str, step: int) -> bool:  # noqa: F811
     left, right = (weights_of(folder, name, step) for name in (one, other))
     return all(torch.equal(left[name], value) for name, value in right.items())
@@ -76,7 +80,7 @@ def test_a_run_that_waits_for_its_first_rows_is_stopped_and_goes_on(folder, tmp_
                 told.set()
             assert ended == [EXIT_RESUMABLE]
             wait_for(lambda: server.status()["workers"]["alpha"]["state"] == "left")
-            assert not any(each.name == "diloco leases" for each in threading.enumerate())  # nobody goes on asking
+            wait_for(lambda: not names_of_threads() & {"diloco leases"})  # nobody goes on asking
         assert run_worker(project) == EXIT_OK
         assert run_worker(Project(folder, args={"run_name": f"alone {tmp_path.name}"})) == EXIT_OK
         assert same_weights(folder, f"alone {tmp_path.name}", arguments["run_name"], 4)
@@ -120,7 +124,7 @@ def test_a_run_whose_server_is_gone_ends_soon_after_it_is_told_to(folder, tmp_pa
             wait_for(lambda: server.status()["versions"][0] > 0, 30)
             stack.close()
             checkpoints = folder / "runs" / arguments["run_name"] / "checkpoints"
-            wait_for(lambda: any(each.name == "diloco leases" for each in threading.enumerate()), 30)
+            wait_for(lambda: "diloco leases" in names_of_threads(), 30)
             assert not ended
             told.set()
             begun = time.monotonic()
@@ -128,7 +132,7 @@ def test_a_run_whose_server_is_gone_ends_soon_after_it_is_told_to(folder, tmp_pa
     assert ended == [EXIT_RESUMABLE]
     assert time.monotonic() - begun < 10
     assert len(list(checkpoints.glob("step-*"))) == 1
-    assert not any(each.name in ("diloco leases", "forgather-loader_0") for each in threading.enumerate())
+    wait_for(lambda: not names_of_threads() & {"diloco leases", "forgather-loader_0"})
 
 
 def wait_until_it_stands(server: RunningServer) -> int:
