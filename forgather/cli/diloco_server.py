@@ -34,6 +34,7 @@ def add_server(parser: CommandParser) -> None:
         metavar="PATH",
         help="a package, a run, a checkpoint or a Hugging Face folder (default: what -p and -t train)",
     )
+    add("overrides", nargs="*", metavar="key.path=value", help="of the config of -p and -t, as the workers have them")
     add("-n", "--num-workers", type=_count(1), metavar="N", help="workers that the first round waits for")
     add("-o", "--output-dir", default=DEFAULT_FOLDER, metavar="DIR", help=f"its folder (default: {DEFAULT_FOLDER})")
     add("--seed", type=int, default=0, metavar="N", help="draws the weights of a package without any (default: 0)")
@@ -212,6 +213,13 @@ def _model(options: Options) -> "ServedModel":
     from forgather.cli.diloco_model import model_of_config, served_model
 
     own = Path(options.output_dir)
+    if wrong := [word for word in options.overrides if "=" not in word]:
+        raise UsageError(f"the server takes no word {wrong[0]!r}", fix="-m PATH for a model; key.path=value overrides")
+    if options.overrides and options.model is not None:
+        raise UsageError(
+            f"{options.overrides[0]} overrides a config, and the model is that of -m", fix="leave out one of the two"
+        )
+    options.words = list(options.overrides)
     if options.model is not None:
         return served_model(Path(options.model))
     if any((own / "checkpoints").glob("step-*")):

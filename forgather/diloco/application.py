@@ -15,12 +15,14 @@ No body with tensors is ever whole in memory beside the place where it stays. A 
 
 import asyncio
 import errno
+import logging
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Self
 
 from aiohttp import web
+from aiohttp.http_exceptions import BadHttpMessage
 
 from forgather.diloco.coordinator import Coordinator
 from forgather.diloco.downloads import ChangedError
@@ -48,6 +50,10 @@ COORDINATOR = web.AppKey("coordinator", Coordinator)
 _TOKEN = web.AppKey("token", str)
 _TIMES = web.AppKey("times", tuple[float, float])
 _BLOCK = bytes(1 << 20)
+
+_LOG = logging.getLogger("forgather.diloco.http")
+# Whoever sends what is no HTTP is told so; a traceback for each would fill the server's log.
+_LOG.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], BadHttpMessage)))
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -104,7 +110,7 @@ async def serving(
         coordinator, token, extra=extra, idle_s=idle_s, slowest_bytes_per_s=slowest_bytes_per_s
     )
     # Answers that have begun are finished when it ends; a worker that waits for values is told to come again.
-    runner = web.AppRunner(application, access_log=None, shutdown_timeout=5.0, lingering_time=30.0)
+    runner = web.AppRunner(application, access_log=None, logger=_LOG, shutdown_timeout=5.0, lingering_time=30.0)
     await runner.setup()
     try:
         site = web.TCPSite(runner, host, port, ssl_context=tls)

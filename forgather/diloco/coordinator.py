@@ -49,7 +49,14 @@ from forgather.diloco.spool import Spool
 from forgather.errors import CheckpointError
 
 _TICK_S = 0.25
-_MUST_AGREE = ("package", "tokenizer", "data")
+# What must agree, and what makes it so.
+_SAME = {
+    "package": "train the server's model: the same -p, -t and key.path=value as it was started with; or fetch it, with "
+    "`forgather diloco package`",
+    "tokenizer": "take the server's model and tokenizer: `forgather diloco package` fetches both",
+    "data": "prepare the same dataset on all machines: the same sources, tokenizer and block length",
+}
+_MUST_AGREE = tuple(_SAME)
 
 
 class Coordinator:
@@ -83,7 +90,7 @@ class Coordinator:
     ) -> None:
         self.fragments = fragments_of(values, settings)
         outer.require_parameters(settings.parameters)
-        self.settings = settings
+        self.settings = settings if settings.training else replace(settings, training=secrets.token_hex(8))
         self.outer = outer
         self.run = run
         self.name = secrets.token_hex(8)  # of this process: what it only holds goes with it
@@ -131,6 +138,7 @@ class Coordinator:
             keep=keep,
             constants=constants or {},
             document=self._document,
+            require_document=self._require_document,
             accept_document=self._accept_document,
             tell=self.tell,
             until=self.until,
@@ -197,11 +205,13 @@ class Coordinator:
         for name, theirs in said.items():
             ours = getattr(self.settings, name)
             if ours not in (None, theirs):
-                raise ProtocolError(
-                    f"the {name} of {request.worker} is {theirs}, that of this run is {ours}",
+                refused = ProtocolError(
+                    f"the {name} of {request.worker} is {theirs}, and the server's is {ours}",
                     status=422,
-                    fix="take package and tokenizer from the server, and prepare the same dataset on all machines",
+                    fix=_SAME[name],
                 )
+                self.run.say(f"refused: {refused.message}")
+                raise refused
         self.settings = replace(self.settings, **said)
 
     # --- contributions and values
@@ -322,6 +332,7 @@ class Coordinator:
             "fragments": [list(names) for names in self.settings.fragments],
             "download": self.settings.download,
             "mode": self.settings.mode,
+            "training": self.settings.training,
             "members": self.members.state_dict(),
             "rounds": self.rounds.state_dict(),
             "outer": self.publisher.rates.state_dict(),
@@ -329,7 +340,7 @@ class Coordinator:
             "said": {name: getattr(self.settings, name) for name in _MUST_AGREE},
         }
 
-    def _accept_document(self, document: Mapping[str, Any]) -> None:
+    def _require_document(self, document: Mapping[str, Any]) -> None:
         for name in ("fragments", "download", "mode"):
             ours = getattr(self.settings, name)
             ours = [list(names) for names in ours] if name == "fragments" else ours
@@ -337,8 +348,10 @@ class Coordinator:
                 theirs = f"{len(document[name])} other" if name == "fragments" else document[name]
                 raise CheckpointError(
                     f"the state in {self.run.dir} is of a server with {theirs} {name}",
-                    fix="start it with the settings that it had, or give another folder",
+                    fix="start it with the settings and the model that it had, or give another folder: -o DIR",
                 )
+
+    def _accept_document(self, document: Mapping[str, Any]) -> None:
         self.members.load_state_dict(document["members"])
         self.rounds.load_state_dict(document["rounds"])
         for words in self.publisher.rates.load_state_dict(document["outer"]):
@@ -347,7 +360,7 @@ class Coordinator:
         for fragment, there in zip(self.fragments, self.rounds.rounds, strict=True):
             fragment.version = there.version
         said = {name: value for name, value in document["said"].items() if getattr(self.settings, name) is None}
-        self.settings = replace(self.settings, **said)
+        self.settings = replace(self.settings, training=document["training"], **said)
 
     # --- its end, and what is seen of it
 

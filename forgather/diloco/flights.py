@@ -129,6 +129,8 @@ class Flights:
         return self._until is not None and time.monotonic() > self._until
 
     def _land(self, flight: Flight, step: int, version: int) -> None:
+        if flight.is_overdue and rank() == 0:
+            self._say(f"{self._membership.address} is there again: version {version} is taken in")
         flight.land(step, version, self._settings.alpha)
         del self.under_way[flight.fragment.number]
         traffic = sum_ranks(torch.tensor(self._membership.traffic())).tolist()

@@ -148,6 +148,7 @@ def _reach(
 ) -> Registered | None:
     client = membership.borrow()
     backoff, begun = Backoff(), time.monotonic()
+    has_said = False
     try:
         while True:
             try:
@@ -162,6 +163,9 @@ def _reach(
                         fix="see that `forgather diloco server` runs there, and that the address is the one "
                         "that it printed",
                     ) from error
+                if not has_said:
+                    say(f"{error.message}; trying again for {patience_s:g} s")
+                    has_said = True
             time.sleep(backoff.next_s())
     finally:
         membership.give_back(client)

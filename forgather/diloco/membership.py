@@ -100,6 +100,11 @@ class Membership:
 
 def require_same(before: Settings, now: Settings) -> None:
     """TrainingError, naming what differs, unless a worker can go on under the settings of `now`."""
+    if before.training and before.training != now.training:
+        raise TrainingError(
+            "this run was a worker of another training than the server's: it has other values, and other rounds",
+            fix="start the server on the folder that it had (-o); or begin as a new worker of this one, with --fresh",
+        )
     old, new = _agreed(before), _agreed(now)
     differing = [name for name in old if old[name] != new.get(name)]
     if differing:
@@ -110,7 +115,8 @@ def require_same(before: Settings, now: Settings) -> None:
 
 
 def _agreed(settings: Settings) -> dict[str, Any]:
-    return {name: value for name, value in settings.to_json().items() if name not in _MAY_CHANGE}
+    # `training` is looked at by itself.
+    return {name: value for name, value in settings.to_json().items() if name not in (*_MAY_CHANGE, "training")}
 
 
 def _shown(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

@@ -120,6 +120,7 @@ class Settings:
     tokenizer: str | None = None
     data: str | None = None
     work_units: int = 0  # units that the order of samples is leased in; 0: each worker has its own order
+    training: str = ""  # which training it is: the name that a server gives it in the beginning, for good
     protocol: int = PROTOCOL
 
     def to_json(self) -> dict[str, Any]:

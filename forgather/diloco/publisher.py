@@ -82,6 +82,7 @@ class Publisher:
         keep: Keep | None,
         constants: Mapping[str, Tensor],
         document: Callable[[], dict[str, Any]],
+        require_document: Callable[[Mapping[str, Any]], None],
         accept_document: Callable[[Mapping[str, Any]], None],
         tell: Callable[[], Awaitable[None]],
         until: Callable[[Callable[[], bool], float], Awaitable[bool]],
@@ -112,7 +113,12 @@ class Publisher:
         self._lock = asyncio.Lock()  # over outer steps and saving
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="outer")
         self._state = ServerState(
-            fragments, outer, constants, accept_document, {} if ledger is None else {"work_units": ledger}
+            fragments,
+            outer,
+            constants,
+            require_document,
+            accept_document,
+            {} if ledger is None else {"work_units": ledger},
         )
         self._store = CheckpointStore(run, keep, asynchronous=False)
         self._journal = Journal(run.dir / "journal.jsonl")

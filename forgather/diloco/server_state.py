@@ -39,7 +39,7 @@ class ServerState:
     """The live objects of a server, as `CheckpointStore` saves and loads them.
 
     `document` is the state that is no tensor, as it is to be found after a restart, set by whoever saves;
-    `accept_document` takes what was saved.
+    `require_document` raises where it is of a server with other settings, `accept_document` takes what was saved.
     """
 
     mesh: Mapping[str, int] = {}
@@ -49,6 +49,7 @@ class ServerState:
         fragments: Sequence[FragmentValues],
         outer: OuterState,
         constants: Mapping[str, Tensor],
+        require_document: Callable[[Mapping[str, Any]], None],
         accept_document: Callable[[Mapping[str, Any]], None],
         extras: Mapping[str, Stateful],
     ) -> None:
@@ -58,6 +59,7 @@ class ServerState:
         self.extras: dict[str, Any] = {EXTRA: None, **extras}
         self._others = extras
         self.document: dict[str, Any] = {}
+        self._require_document = require_document
         self._accept_document = accept_document
 
     def capture(self) -> tuple[dict[str, Tensor], dict[str, Json]]:
@@ -76,7 +78,12 @@ class ServerState:
         return tensors | others, {"optimizer": {}, "extras": {EXTRA: own, **extras}, "random": {}}
 
     def targets(self, saved: Layout, document: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The live values, and room for what is not there before the first step."""
+        """The live values, and room for what is not there before the first step.
+
+        CheckpointError for the state of another version of forgather, and of a server with other settings or another
+        model.
+        """
+        self._require(saved, document["extras"][EXTRA])
         targets = self._model()
         live = self.outer.state_tensors()
         for key in saved:
@@ -96,15 +103,8 @@ class ServerState:
 
     @torch.no_grad()
     def accept(self, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Take what was read into `targets`. CheckpointError for a server's state of another version."""
+        """Take what was read into `targets`."""
         own = document["extras"][EXTRA]
-        if own.get("format") != FORMAT:
-            raise CheckpointError(
-                f"this state of a server has format {own.get('format', 1)}, and this version of forgather writes and "
-                f"reads {FORMAT}",
-                fix="go on with the version that wrote it; or `forgather export` its model, and begin with that in "
-                "another folder: -m EXPORTED -o ANOTHER",
-            )
         for fragment in self.fragments:
             for name, values in fragment.published.items():
                 if f"extras/{EXTRA}/published/{name}" not in tensors:
@@ -117,6 +117,24 @@ class ServerState:
         for name, extra in self._others.items():
             if name in document["extras"]:
                 extra.load_state_dict(join(document["extras"][name], tensors))
+
+    def _require(self, saved: Layout, own: Mapping[str, Any]) -> None:
+        if own.get("format") != FORMAT:
+            raise CheckpointError(
+                f"this state of a server has format {own.get('format', 1)}, and this version of forgather writes and "
+                f"reads {FORMAT}",
+                fix="go on with the version that wrote it; or `forgather export` its model, and begin with that in "
+                "another folder: -m EXPORTED -o ANOTHER",
+            )
+        self._require_document(own)
+        for key, tensor in self._model().items():
+            if key in saved and tuple(saved[key].shape) != tuple(tensor.shape):
+                name, there, here = key.partition("/")[2], list(saved[key].shape), list(tensor.shape)
+                raise CheckpointError(
+                    f"the state in this folder is of another model: {name} is {there} there, and {here} in the one "
+                    "that the server was started with",
+                    fix="leave out -m, so that it is the folder's own; or give another folder: -o DIR",
+                )
 
     def _model(self) -> dict[str, Tensor]:
         tensors = {f"model/{name}": tensor for name, tensor in self.constants.items()}

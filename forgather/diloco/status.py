@@ -44,7 +44,9 @@ def headline(status: Status) -> Iterator[str]:
     )
     ledger = status["ledger"]
     if ledger:
-        yield "work units: " + ", ".join(f"{name.replace('_', ' ')} {_plain(value)}" for name, value in ledger.items())
+        # How many rows there are is known when the first worker has come.
+        known = {name.replace("_", " "): value for name, value in ledger.items() if value is not None}
+        yield "work units: " + ", ".join(f"{name} {_plain(value)}" for name, value in known.items())
 
 
 WORKER_COLUMNS = (

@@ -80,6 +80,8 @@ def said(capsys, monkeypatch, tmp_path):
         (["-n", "2", "--tls-cert", "absent.pem", "--tls-key", "absent.pem"], "absent.pem cannot be read"),
         (["-n", "2", "--client-ca", "absent.pem"], "--client-ca needs"),
         (["-n", "2", "--save-every", "0"], "'0' is not a number"),
+        (["-n", "2", "hidden_size=8"], "overrides a config, and the model is that of -m"),
+        (["-n", "2", "fast"], "takes no word 'fast'"),
     ],
 )
 def test_what_cannot_be_served_is_told_and_leaves_nothing(said, package, tmp_path, monkeypatch, words, message):

@@ -622,3 +622,13 @@ def test_work_units_are_leased_counted_and_survive(tmp_path: Path) -> None:
         worker = come(server, "a")[0]
         assert ask(server, "POST", "/v1/units", {"worker": "a"}, key=worker.key).status == 422
         assert server.status()["ledger"] is None
+
+
+def test_a_folder_of_another_model_is_refused_by_its_shapes(tmp_path: Path) -> None:
+    with running_server(tmp_path, one(0.0)):
+        pass
+    larger = {name: torch.zeros(7, 3) for name in one(0.0)}
+    is_told = pytest.raises(CheckpointError, match=r"another model: \w+ is .* there, and \[7, 3\]")
+    with is_told as refused, running_server(tmp_path, larger):
+        pass
+    assert "-o DIR" in str(refused.value.fix)

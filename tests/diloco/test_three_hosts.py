@@ -1,4 +1,4 @@
-"""Three hosts at 1 Gbit train one model: one process, FSDP of 2, a pipeline of 2; all as a user would start them.
+"""Three hosts at 1 Gbit train a 30M model: one process, FSDP of 2, a pipeline of 2; all as a user would start them.
 
 After 20 rounds all have the server's values, bit for bit; and the same bits when server and one worker were killed in
 between and started again.
@@ -30,6 +30,7 @@ pytestmark = [
 
 PROJECT = Path(__file__).parents[2] / "configs" / "tiny_llama"
 ROUNDS, SYNC_EVERY, PORT = 20, 2, 8512
+MODEL = ["model_project.config=30M.yaml"]
 FORGATHER = [sys.executable, "-m", "forgather"]
 MESHES = {"one": ["--nproc", "1"], "shards": ["--nproc", "2"], "stages": ["--nproc", "2", "mesh.pipeline=2"]}
 
@@ -46,7 +47,7 @@ class Training:
     def start_server(self) -> HostProcess:
         command = [*FORGATHER, "-p", str(PROJECT), "diloco", "server", "-n", "3", "-o", str(self.folder / "server")]
         command += ["--host", self.hosts[0].address, "--port", str(PORT), "--lease", "600"]
-        command += ["--sync-every", str(SYNC_EVERY), "--upload", "bf16", "--download", "fp32"]
+        command += ["--sync-every", str(SYNC_EVERY), "--upload", "bf16", "--download", "bf16", *MODEL]
         command += ["--work-units", "0"]  # who asks first would decide who trains which rows
         server = self._start(self.hosts[0], "server", command)
         self._until(lambda: self.status() is not None, server)
@@ -56,9 +57,10 @@ class Training:
         name = list(MESHES)[number]
         command = [*FORGATHER, "-p", str(PROJECT), "train", *MESHES[name], "--steps", str(ROUNDS * SYNC_EVERY)]
         command += ["--diloco-server", f"{self.hosts[0].address}:{PORT}", "--diloco-worker", name, "--run-name", name]
-        command += ["--runs-dir", str(self.folder), "--seed", str(number), "--save-every", "3"]
+        command += ["--runs-dir", str(self.folder), "--seed", str(number), "--save-every", "5"]
         command += ["--diloco-leased", "false"]
         command += ["--eval-every", "null", "--sample-every", "null", "--eval-rows", "8"]
+        command += ["--rows-per-step", "4", "--block-length", "64", "--threads", "1", *MODEL]
         return self._start(self.hosts[number], name, command)
 
     def status(self) -> dict[str, Any] | None:

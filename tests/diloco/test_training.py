@@ -13,7 +13,7 @@ from torch import Tensor
 from forgather import Project
 from forgather.diloco.security import TOKEN_VARIABLE
 from forgather.diloco.training import KEY_NAME
-from forgather.errors import EXIT_OK, EXIT_RESUMABLE, ConfigError
+from forgather.errors import EXIT_OK, EXIT_RESUMABLE, ConfigError, TrainingError
 from forgather.metrics.sinks import read_rows
 from forgather.trainers.worker import run_worker
 from tests.diloco.running_server import TOKEN, RunningServer, running_server, settings_of
@@ -87,6 +87,21 @@ def test_a_stopped_run_goes_on_as_the_same_worker(folder, tmp_path, monkeypatch)
         undisturbed = weights_of(folder, "undisturbed", 4)
         resumed = weights_of(folder, arguments["run_name"], 4)
         assert all(torch.equal(undisturbed[name], value) for name, value in resumed.items())
+
+
+def test_a_run_does_not_go_on_with_a_server_of_another_training(folder, tmp_path, monkeypatch):  # noqa: F811
+    """Its values, rounds and leases would be nothing there; before it was refused it lost all that it had learned."""
+    with server_of(folder, tmp_path, monkeypatch) as (_, arguments):
+        assert run_worker(Project(folder, args=arguments, words=["main.hooks.stopper.at=3"])) == EXIT_RESUMABLE
+    before = weights_of(folder, arguments["run_name"], 3)
+    (tmp_path / "other").mkdir()
+    with server_of(folder, tmp_path / "other", monkeypatch) as (other, others):
+        arguments |= {"diloco_server": others["diloco_server"]}
+        with pytest.raises(TrainingError, match="a worker of another training") as refused:
+            run_worker(Project(folder, args=arguments))
+        assert "-o" in str(refused.value.fix)
+        assert other.status()["versions"] == [0]
+    assert all(torch.equal(value, before[name]) for name, value in weights_of(folder, arguments["run_name"], 3).items())
 
 
 def test_the_server_may_tell_a_run_to_save_and_to_stop(folder, tmp_path, monkeypatch):  # noqa: F811
