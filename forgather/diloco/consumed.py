@@ -24,5 +24,5 @@ def require_leased(consumed: Mapping[str, int], stop: int) -> None:
             raise ProtocolError(
                 f"a contribution has {length:,} rows from {first} on, and only those below {stop:,} were leased",
                 status=422,
-                fix="train on the rows that the server leases: start the worker again, with --diloco-leased true",
+                fix="train on the rows that the server leases: start the worker again, with --diloco-leased",
             )

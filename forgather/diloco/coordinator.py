@@ -253,7 +253,7 @@ class Coordinator:
             raise ProtocolError(
                 "this server leases no work units",
                 status=422,
-                fix="start it with --work-units 1024, say, or the worker with --diloco-leased false",
+                fix="start it with --work-units 1024, say, or the worker with --no-diloco-leased",
             )
         worker = request.get("worker") if isinstance(request, dict) else None
         self.members.require(str(worker), key)

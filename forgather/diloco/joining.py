@@ -80,7 +80,7 @@ def require_expected(settings: Settings, sync_every: int | None, *, is_leased: b
     if is_leased and not settings.work_units:
         raise ConfigError(
             "this run wants its rows leased, and the server leases none",
-            fix="--diloco-leased false, and a --seed for each worker; or start the server with --work-units 1024, say",
+            fix="--no-diloco-leased, and a --seed for each worker; or start the server with --work-units 1024, say",
         )
 
 

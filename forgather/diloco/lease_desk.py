@@ -132,5 +132,5 @@ def not_joined() -> DistributedError:
     """Somebody wants to train on leased rows, and has no server to lease them."""
     return DistributedError(
         "the rows of this run are leased by a DiLoCo server, which it has not joined",
-        fix="keep `diloco` among main.hooks; or --diloco-leased false, and it takes its rows in the order of its seed",
+        fix="keep `diloco` among main.hooks; or --no-diloco-leased, and it takes its rows in the order of its seed",
     )

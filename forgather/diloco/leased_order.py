@@ -117,7 +117,7 @@ class LeasedOrder:
             is_own = state["order"] == self.order.describe()
             raise DataError(
                 f"the run was started with another order of data: {state['order']}; this one is {self.describe()}",
-                fix="--diloco-leased false: it goes on in the order that it has begun"
+                fix="--no-diloco-leased: it goes on in the order that it has begun"
                 if is_own
                 else "set seed and dataset back to what they were, or start a new run with --fresh",
             )

@@ -256,7 +256,7 @@ class WorkUnits:
                 f"the units are of {self.order} with {self.rows:,} rows an epoch; "
                 f"this worker has {order} with {rows:,} rows",
                 status=422,
-                fix="give all workers the same dataset, block_length and --seed; or this one --diloco-leased false, "
+                fix="give all workers the same dataset, block_length and --seed; or this one --no-diloco-leased, "
                 "and it takes its rows in an order of its own",
             )
 

@@ -303,7 +303,7 @@ def test_a_refusal_ends_the_run_and_names_the_difference_and_the_way_out():
     other = server.order("other", seed=8)
     with pytest.raises(DataError, match=r"seed 7 with 23 rows an epoch; this worker has .*seed 8") as caught:
         other.reserve(0, 1, FOREVER)
-    assert "--diloco-leased false" in caught.value.fix
+    assert "--no-diloco-leased" in caught.value.fix
 
 
 def test_nothing_is_asked_after_the_worker_has_left(monkeypatch):
@@ -327,7 +327,7 @@ def test_before_a_server_is_joined_rows_are_those_of_the_run_alone_and_none_is_l
     assert np.array_equal(order.samples(5, 40), whole.samples(5, 40))
     with pytest.raises(DistributedError, match="has not joined") as caught:
         order.reserve(0, 1, FOREVER)
-    assert "--diloco-leased false" in caught.value.fix
+    assert "--no-diloco-leased" in caught.value.fix
 
 
 def test_a_state_of_another_order_is_refused_and_the_way_out_is_named():
@@ -337,7 +337,7 @@ def test_a_state_of_another_order_is_refused_and_the_way_out_is_named():
     assert "--fresh" in caught.value.fix
     with pytest.raises(DataError, match="another order") as caught:
         leased.load_state_dict(own.state_dict())
-    assert "--diloco-leased false" in caught.value.fix
+    assert "--no-diloco-leased" in caught.value.fix
     with pytest.raises(DataError, match="another order") as caught:
         own.load_state_dict(leased.state_dict())
     assert "--diloco-server" in caught.value.fix

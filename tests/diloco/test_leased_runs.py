@@ -183,7 +183,7 @@ def test_a_run_that_began_with_leases_or_without_says_how_it_goes_on(folder, tmp
         assert run_worker(Project(folder, args=began_alone)) == EXIT_OK
         with pytest.raises(DataError, match="another order") as caught:
             run_worker(Project(folder, args=arguments | began_alone | {"steps": 6}))
-        assert "--diloco-leased false" in caught.value.fix
+        assert "--no-diloco-leased" in caught.value.fix
         leased = arguments | began_alone | {"steps": 6, "diloco_leased": False, "diloco_worker": "beta"}
         assert run_worker(Project(folder, args=leased)) == EXIT_OK
 

@@ -58,7 +58,7 @@ class Training:
         command = [*FORGATHER, "-p", str(PROJECT), "train", *MESHES[name], "--steps", str(ROUNDS * SYNC_EVERY)]
         command += ["--diloco-server", f"{self.hosts[0].address}:{PORT}", "--diloco-worker", name, "--run-name", name]
         command += ["--runs-dir", str(self.folder), "--seed", str(number), "--save-every", "5"]
-        command += ["--diloco-leased", "false"]
+        command += ["--no-diloco-leased"]
         command += ["--eval-every", "null", "--sample-every", "null", "--eval-rows", "8"]
         command += ["--rows-per-step", "4", "--block-length", "64", "--threads", "1", *MODEL]
         return self._start(self.hosts[number], name, command)

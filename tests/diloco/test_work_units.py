@@ -363,7 +363,7 @@ def test_another_order_is_refused_and_the_difference_named():
     ) as caught:
         one_lease(units, "b", 0, order="permutation of 10 blocks, seed 1")
     assert caught.value.status == 422
-    assert "--diloco-leased false" in caught.value.fix
+    assert "--no-diloco-leased" in caught.value.fix
     with pytest.raises(ProtocolError, match="12 rows"):
         one_lease(units, "b", 0, rows=12)
     assert units.status()["leased"] == 3
