@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,8 +59,9 @@ def running(project: Project) -> Iterator[list[int]]:
         assert not run.is_alive()
 
 
-def names_of_threads() -> set[str]:
-    return {thread.name for thread in threading.enumerate()}
+def names_of_threads(but: Collection[threading.Thread] = ()) -> set[str]:
+    """Of the threads that there are, `but` those that another test may have left."""
+    return {thread.name for thread in threading.enumerate() if thread not in but}
 
 
 def same_weights(folder: Path, one: str, other: str, step: int) -> bool:  # noqa: F811
@@ -69,6 +70,7 @@ def same_weights(folder: Path, one: str, other: str, step: int) -> bool:  # noqa
 
 
 def test_a_run_that_waits_for_its_first_rows_is_stopped_and_goes_on(folder, tmp_path, monkeypatch):  # noqa: F811
+    before = threading.enumerate()
     with server_of(folder, tmp_path, monkeypatch) as (server, arguments):
         project = Project(folder, args=arguments)
         told = threading.Event()
@@ -80,7 +82,7 @@ def test_a_run_that_waits_for_its_first_rows_is_stopped_and_goes_on(folder, tmp_
                 told.set()
             assert ended == [EXIT_RESUMABLE]
             wait_for(lambda: server.status()["workers"]["alpha"]["state"] == "left")
-            wait_for(lambda: not names_of_threads() & {"diloco leases"})  # nobody goes on asking
+            wait_for(lambda: "diloco leases" not in names_of_threads(before))  # nobody goes on asking
         assert run_worker(project) == EXIT_OK
         assert run_worker(Project(folder, args={"run_name": f"alone {tmp_path.name}"})) == EXIT_OK
         assert same_weights(folder, f"alone {tmp_path.name}", arguments["run_name"], 4)
@@ -114,6 +116,7 @@ def test_the_server_ends_a_run_that_has_no_rows_any_more(folder, tmp_path, monke
 
 
 def test_a_run_whose_server_is_gone_ends_soon_after_it_is_told_to(folder, tmp_path, monkeypatch):  # noqa: F811
+    before = threading.enumerate()
     told = threading.Event()
     monkeypatch.setattr("forgather.trainers.control.Control._wishes", wishes_to_stop(told))
     monkeypatch.setattr("forgather.trainers.control.Control.is_asked_to_end", lambda self: told.is_set())
@@ -124,7 +127,7 @@ def test_a_run_whose_server_is_gone_ends_soon_after_it_is_told_to(folder, tmp_pa
             wait_for(lambda: server.status()["versions"][0] > 0, 30)
             stack.close()
             checkpoints = folder / "runs" / arguments["run_name"] / "checkpoints"
-            wait_for(lambda: "diloco leases" in names_of_threads(), 30)
+            wait_for(lambda: "diloco leases" in names_of_threads(before), 30)
             assert not ended
             told.set()
             begun = time.monotonic()
@@ -132,7 +135,7 @@ def test_a_run_whose_server_is_gone_ends_soon_after_it_is_told_to(folder, tmp_pa
     assert ended == [EXIT_RESUMABLE]
     assert time.monotonic() - begun < 10
     assert len(list(checkpoints.glob("step-*"))) == 1
-    wait_for(lambda: not names_of_threads() & {"diloco leases", "forgather-loader_0"})
+    wait_for(lambda: not names_of_threads(before) & {"diloco leases", "forgather-loader_0"})
 
 
 def wait_until_it_stands(server: RunningServer) -> int:

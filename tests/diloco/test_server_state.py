@@ -632,3 +632,13 @@ def test_a_folder_of_another_model_is_refused_by_its_shapes(tmp_path: Path) -> N
     with is_told as refused, running_server(tmp_path, larger):
         pass
     assert "-o DIR" in str(refused.value.fix)
+
+
+def test_a_training_has_one_name_for_good(tmp_path: Path) -> None:
+    unnamed = settings_of(one(0.0), training="")
+    names = []
+    for folder in ("one", "one", "other"):
+        with running_server(tmp_path / folder, one(0.0), unnamed) as server:
+            names.append(server.coordinator.settings.training)
+    assert names[0] == names[1] != ""
+    assert names[2] not in ("", names[0])

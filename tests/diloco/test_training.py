@@ -95,7 +95,7 @@ def test_a_run_does_not_go_on_with_a_server_of_another_training(folder, tmp_path
         assert run_worker(Project(folder, args=arguments, words=["main.hooks.stopper.at=3"])) == EXIT_RESUMABLE
     before = weights_of(folder, arguments["run_name"], 3)
     (tmp_path / "other").mkdir()
-    with server_of(folder, tmp_path / "other", monkeypatch) as (other, others):
+    with server_of(folder, tmp_path / "other", monkeypatch, training="another") as (other, others):
         arguments |= {"diloco_server": others["diloco_server"]}
         with pytest.raises(TrainingError, match="a worker of another training") as refused:
             run_worker(Project(folder, args=arguments))
