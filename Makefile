@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Two workers on two cores; each pins its maths to one thread so that ranks do not fight for them.
-JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+# Three workers on two cores, as tests also wait for processes, disks and deadlines; each pins its maths to one thread so
+# that ranks do not fight for cores.
+JOBS ?= $(shell expr $$(nproc 2>/dev/null || echo 2) + 1)
 
 .PHONY: install lint test soak faults bench demo clean
 .DEFAULT_GOAL := test
