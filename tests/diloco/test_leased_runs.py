@@ -195,8 +195,11 @@ def test_two_workers_of_one_seed_train_no_row_twice(folder, tmp_path, monkeypatc
     with server_of(folder, tmp_path, monkeypatch) as (server, arguments):
         server.call(lambda: server.coordinator.controls.set(num_workers=2))
         other = arguments | {"run_name": f"beta of {tmp_path.name}", "diloco_worker": "beta"}
-        with running(Project(folder, args=arguments)) as ended, running(Project(folder, args=other)) as too:
-            pass
+        with running(Project(folder, args=arguments)) as ended:
+            # Python 3.11 cannot parse sources, as both do to make their package, in two threads at once.
+            wait_for(lambda: "alpha" in server.status()["workers"], 30)
+            with running(Project(folder, args=other)) as too:
+                pass
         assert ended == too == [EXIT_OK]
         ledger = server.status()["ledger"]
         assert ledger | {"trained": 32, "repeated": 0} == ledger
