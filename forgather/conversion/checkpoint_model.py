@@ -1,9 +1,10 @@
 """The model in a checkpoint: which checkpoint it is, the files of its package, and its weights, one after the other.
 
-Tensors go from the checkpoint's files in small batches straight into the place where they stay.
+Tensors come from the checkpoint's files in small batches, the next of which is read while the last is used.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from forgather.conversion.safetensors_file import TensorKind
 from forgather.errors import CheckpointError
 
 PACKAGE = "package"
-# Read and written together: large enough that planning costs nothing, small beside any model worth cutting.
+# Read and written together, at most: large enough that planning costs nothing, small beside a file worth cutting.
 _BATCH_BYTES = 16 << 20
 
 
@@ -89,22 +90,31 @@ class CheckpointModel:
     def stream(self, names: Sequence[str]) -> Iterator[torch.Tensor]:
         """The weights called `names`, whole, in that order, each checked against its digest.
 
-        A tensor is good until the next is asked for: all are read into one piece of memory.
+        A tensor is good until the next is asked for: there are two pieces of memory, and while what is in one is used,
+        the other is read into.
         """
         batches = _batches({name: self.kinds[name] for name in names})
-        memory = torch.empty(max(sum(_room(kind) for kind in batch.values()) for batch in batches), dtype=torch.uint8)
-        for batch in batches:
-            tensors = {}
-            at = 0
-            for name, kind in batch.items():
-                tensors[f"model/{name}"] = memory[at : at + kind.num_bytes].view(kind.dtype).view(kind.shape)
-                at += _room(kind)
-            try:
-                read_into(self.path, self._checkpoint.layout, tensors)
-            except DamagedFileError as error:
-                raise DamageError(self.path, [error.line]) from error
-            for name in batch:
-                yield tensors[f"model/{name}"]
+        rooms = [_memory_for(batches[0::2]), _memory_for(batches[1::2])]
+        with ThreadPoolExecutor(1, thread_name_prefix="read ahead") as reader:
+            coming = reader.submit(self._read, batches[0], rooms[0])
+            for number, batch in enumerate(batches, 1):
+                tensors = coming.result()
+                if number < len(batches):
+                    coming = reader.submit(self._read, batches[number], rooms[number % 2])
+                for name in batch:
+                    yield tensors[f"model/{name}"]
+
+    def _read(self, batch: Mapping[str, TensorKind], room: torch.Tensor) -> dict[str, torch.Tensor]:
+        tensors = {}
+        at = 0
+        for name, kind in batch.items():
+            tensors[f"model/{name}"] = room[at : at + kind.num_bytes].view(kind.dtype).view(kind.shape)
+            at += _room(kind)
+        try:
+            read_into(self.path, self._checkpoint.layout, tensors)
+        except DamagedFileError as error:
+            raise DamageError(self.path, [error.line]) from error
+        return tensors
 
 
 def weight_kinds(layout: Layout) -> dict[str, TensorKind]:
@@ -132,14 +142,20 @@ def explaining_removal(folder: Path) -> Iterator[None]:
 
 def _batches(kinds: Mapping[str, TensorKind]) -> list[dict[str, TensorKind]]:
     batches: list[dict[str, TensorKind]] = [{}]
+    most = min(_BATCH_BYTES, sum(map(_room, kinds.values())) // 8)
     size = 0
     for name, kind in kinds.items():
-        if batches[-1] and size + _room(kind) > _BATCH_BYTES:
+        if batches[-1] and size + _room(kind) > most:
             batches.append({})
             size = 0
         batches[-1][name] = kind
         size += _room(kind)
     return batches
+
+
+def _memory_for(batches: Sequence[Mapping[str, TensorKind]]) -> torch.Tensor:
+    """Room for any one of them."""
+    return torch.empty(max((sum(map(_room, batch.values())) for batch in batches), default=0), dtype=torch.uint8)
 
 
 def _room(kind: TensorKind) -> int:

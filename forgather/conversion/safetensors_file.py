@@ -8,6 +8,7 @@ import math
 import os
 import struct
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +36,10 @@ DTYPE_NAMES = {
 }
 
 
+# Bytes that the disk is asked to take while the next are made: else it is idle until the end, and then waited for.
+_SYNC_BYTES = 64 << 20
+
+
 @dataclass(frozen=True)
 class TensorKind:
     """Shape and dtype."""
@@ -59,17 +64,22 @@ class SafetensorsFile:
         # Wide types first keeps every tensor aligned to its own width.
         self.order: Sequence[str] = sorted(kinds, key=lambda name: -kinds[name].dtype.itemsize)
         self._written = 0
+        self._unsynced = 0  # bytes since the disk was last asked to take them
+        self._syncing: Future[None] | None = None
 
     def __enter__(self) -> Self:
         self._file = self.path.open("xb", buffering=0)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sync")
         header = memoryview(_header([(name, self.kinds[name]) for name in self.order]))
         write_all(self._file.fileno(), header)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         with self._file:
+            self._thread.shutdown()
             if kind is None:
                 assert self._written == len(self.order), f"{self.path}: {self._written} of {len(self.order)} tensors"
+                self._require_synced()
                 os.fsync(self._file.fileno())
 
     def write(self, tensor: torch.Tensor) -> None:
@@ -79,6 +89,16 @@ class SafetensorsFile:
         assert tuple(tensor.shape) == expected.shape, f"{name} is {list(tensor.shape)}"
         write_all(self._file.fileno(), raw_bytes(tensor.to(expected.dtype).contiguous()))
         self._written += 1
+        self._unsynced += expected.num_bytes
+        if self._unsynced >= _SYNC_BYTES and (self._syncing is None or self._syncing.done()):
+            self._require_synced()
+            self._syncing = self._thread.submit(os.fsync, self._file.fileno())
+            self._unsynced = 0
+
+    def _require_synced(self) -> None:
+        """Raise what the disk has refused: the system says so once, and not again to the sync at the end."""
+        if self._syncing is not None:
+            self._syncing.result()
 
 
 def _header(tensors: Sequence[tuple[str, TensorKind]]) -> bytes:
