@@ -27,14 +27,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-_FORKSERVER = multiprocessing.get_context("forkserver")
-_FORKSERVER.set_forkserver_preload(
+FORKSERVER = multiprocessing.get_context("forkserver")
+# There is one such server in a process, and it imports what was named last before its first start: name all of it here.
+FORKSERVER.set_forkserver_preload(
     [
         "torch",
         "torch.distributed.fsdp",
         "torch.distributed.checkpoint",
         "torch.distributed.tensor",
         "transformers.models.llama.modeling_llama",  # imported by name: the package itself loads a model only on use
+        "forgather.trainers.assemble",
+        "forgather.distributed.launcher",
+        "forgather.diloco.worker",
+        "pytest",  # which the modules of tests import
     ]
 )
 
@@ -101,9 +106,9 @@ class RankPool:
         self._folder = tempfile.TemporaryDirectory()
         store = str(Path(self._folder.name) / "store")
         for rank in range(self.size):
-            ours, theirs = _FORKSERVER.Pipe()
+            ours, theirs = FORKSERVER.Pipe()
             arguments = (rank, self.size, store, self.timeout_s, self.threads, theirs)
-            process = _FORKSERVER.Process(target=_serve, args=arguments, daemon=True)
+            process = FORKSERVER.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)

@@ -38,6 +38,7 @@ from forgather.diloco.messages import (
     header_length,
     parse_json,
 )
+from forgather.diloco.payload import DIGEST_BYTES
 from forgather.diloco.security import CHALLENGE, is_authorized
 from forgather.errors import ConfigError, ForgatherError
 
@@ -215,11 +216,12 @@ async def _contribute(request: web.Request) -> web.Response:
     header = Contribution.from_json(parse_json(await blocks.header()))
     await coordinator.check(header)
     plan = coordinator.intake.plan(identity, header)
-    if blocks.remaining is None or blocks.remaining != plan.num_bytes:
+    if blocks.remaining is None or blocks.remaining != plan.num_bytes + DIGEST_BYTES:
+        payload = max(0, (blocks.remaining or 0) - DIGEST_BYTES)
         raise ProtocolError(
-            f"the payload has {blocks.remaining} bytes, and the header tells of {plan.num_bytes:,}",
+            f"the payload has {payload:,} bytes, and the header tells of {plan.num_bytes:,}",
             status=422,
-            fix="send each slice as its codec encodes it, with a Content-Length",
+            fix="send each slice as its codec encodes it, then the digest, with a Content-Length",
         )
     answer = await coordinator.intake.verdict(identity, header)
     if answer is None:
@@ -248,7 +250,7 @@ async def _values(request: web.Request) -> web.StreamResponse:
     if answer is None:
         return web.Response(status=204)
     response = web.StreamResponse(headers={"Content-Type": "application/octet-stream"})
-    response.content_length = answer.num_bytes
+    response.content_length = answer.num_bytes + DIGEST_BYTES * len(answer.slices)
     idle_s, _ = request.app[_TIMES]
     await response.prepare(request)
     try:
@@ -259,6 +261,7 @@ async def _values(request: web.Request) -> web.StreamResponse:
                 coordinator.bytes_down += len(block)
                 if member is not None:
                     member.bytes_down += len(block)
+            await response.write(b"".join(await coordinator.digests(answer)))
     except (ChangedError, TimeoutError):
         # Its length is told already: an answer that is too short is one to ask for again.
         if request.transport is not None:

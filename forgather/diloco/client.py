@@ -10,7 +10,7 @@ import select
 import socket
 import ssl
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -30,6 +30,7 @@ from forgather.diloco.messages import (
     pack_header,
     parse_json,
 )
+from forgather.diloco.payload import DIGEST_BYTES, Payload
 from forgather.diloco.work_units import Lease, Question
 from forgather.errors import DistributedError
 
@@ -52,11 +53,11 @@ class UnknownWorkerError(DistributedError):
 
 
 class Answer:
-    """The values that a server sends: the header, and then the payload, read piece by piece."""
+    """The values that a server sends: the header, the payload, which is read piece by piece, and digests."""
 
     def __init__(self, header: Values, response: http.client.HTTPResponse, num_bytes: int, count: "Client") -> None:
         self.header = header
-        self.num_bytes = num_bytes  # of the payload that are still to be read
+        self.num_bytes = num_bytes  # that are still to be read
         self._response = response
         self._count = count
 
@@ -75,6 +76,12 @@ class Answer:
             done += count
             self._count.bytes_down += count
         self.num_bytes -= done
+
+    def digests(self, count: int) -> list[bytes]:
+        """So many digests, which come last."""
+        data = bytearray(DIGEST_BYTES * count)
+        self.read_into(memoryview(data))
+        return [bytes(data[at : at + DIGEST_BYTES]) for at in range(0, len(data), DIGEST_BYTES)]
 
 
 class Client:
@@ -120,8 +127,8 @@ class Client:
         """Have the server save; return when it has."""
         self._ask("POST", "/v1/control/save")
 
-    def send(self, identity: Identity, contribution: Contribution, payload: memoryview) -> Accepted | Closed:
-        """Bring one part of a contribution."""
+    def send(self, identity: Identity, contribution: Contribution, payload: Payload) -> Accepted | Closed:
+        """Bring one part of a contribution, as its bytes come to be there; raises what keeps them from that."""
         path = f"/v1/contributions/{identity.worker}/{identity.round}/{identity.fragment}/{identity.part}"
         header = pack_header(contribution.to_json())
         with self._exchanging() as connection:
@@ -129,12 +136,12 @@ class Client:
             for name, text in self._headers.items():
                 connection.putheader(name, text)
             connection.putheader("Content-Type", "application/octet-stream")
-            connection.putheader("Content-Length", str(len(header) + payload.nbytes))
+            connection.putheader("Content-Length", str(len(header) + payload.num_bytes + DIGEST_BYTES))
             connection.endheaders()
             # What is sent into a connection that the server has closed may be lost together with its reason.
             is_sent = False
             with suppress(BrokenPipeError, ConnectionResetError):
-                is_sent = self._send_all(connection, memoryview(header)) and self._send_all(connection, payload)
+                is_sent = self._send_all(connection, _body(header, payload))
             response = connection.getresponse()
             data = response.read(_MAX_JSON_BYTES)
             if not is_sent:
@@ -222,18 +229,17 @@ class Client:
             self.close()  # an answer that was not read to its end cannot be followed by another
             raise
 
-    def _send_all(self, connection: http.client.HTTPConnection, data: memoryview) -> bool:
-        """Send `data`; False where the server has answered before it had all of it."""
+    def _send_all(self, connection: http.client.HTTPConnection, blocks: Iterable[bytes | memoryview]) -> bool:
+        """Send the blocks; False where the server has answered before it had all of them."""
         sock = connection.sock
         assert sock is not None, "the headers were sent over it"
         # Over TLS the socket is also readable for what belongs to TLS alone.
         is_plain = not isinstance(sock, ssl.SSLSocket)
-        for start in range(0, data.nbytes, CHUNK_BYTES):
-            if is_plain and start and select.select([sock], [], [], 0)[0]:
+        for block in blocks:
+            if is_plain and select.select([sock], [], [], 0)[0]:
                 return False
-            piece = data[start : start + CHUNK_BYTES]
-            sock.sendall(piece)  # piece by piece, since a timeout holds for the whole of a call
-            self.bytes_up += piece.nbytes
+            sock.sendall(block)  # block by block, since a timeout holds for the whole of a call
+            self.bytes_up += len(block)
         return True
 
     def _require_good(self, status: int, data: bytes) -> None:
@@ -244,6 +250,12 @@ class Client:
         if status in _BUSY:
             raise UnreachableError(f"{self.address}: {self.address.refused(status, data).message}", is_there=True)
         raise self.address.refused(status, data)
+
+
+def _body(header: bytes, payload: Payload) -> Iterator[bytes | memoryview]:
+    yield header
+    yield from payload.blocks()
+    yield payload.digest
 
 
 def _read_exactly(response: http.client.HTTPResponse, num_bytes: int) -> bytes:

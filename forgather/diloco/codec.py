@@ -27,6 +27,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from difflib import get_close_matches
 from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ from forgather.errors import ConfigError
 BLOCK = 128  # elements that share a scale; 64 bytes of int4, 128 of int8
 _PIECE = 512 * BLOCK  # elements: values, residual and temporaries are then less than 1 MiB, a core's second cache
 _DECODED_PIECE = 2 * _PIECE  # which has no values and no residual beside it
+_STEP = 4 * _PIECE  # elements that are encoded before their bytes can be used, where these are in their order
 _ALIGNMENT = 8  # bytes: a run behind another one begins where numbers of any type may lie
 _LARGEST = 2.0**127  # more would not survive to be scaled back
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # the smallest normal number
@@ -49,6 +51,7 @@ class _Temporaries(threading.local):
         # Memory that came to be in inference mode could not be written to outside of it.
         with torch.inference_mode(False):
             self.scaled = torch.empty(encoded, BLOCK, dtype=torch.float32, device="cpu")
+            self.difference = torch.empty_like(self.scaled)
             self.magnitudes = torch.empty(encoded, 1, dtype=torch.float32, device="cpu")
             self.inverses = torch.empty(encoded, 1, dtype=torch.float32, device="cpu")
             self.integers = torch.empty(decoded, BLOCK, dtype=torch.int8, device="cpu")
@@ -63,20 +66,61 @@ class Codec(ABC):
     """Encodes runs of fp32 values in CPU memory. Holds no state, and any number of threads may call it at once."""
 
     name: str
+    is_in_order: bool  # an encoded run is its elements' bytes, in their order
 
     @abstractmethod
     def encoded_bytes(self, numel: int) -> int:
         """How long the encoding of `numel` elements is: a multiple of 8."""
 
-    def encode(self, values: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
-        """Write `values + residual` to the bytes `out`, and leave in `residual` what was lost; `values` stay."""
-        _require_run(values)
-        _require_bytes(out, self.encoded_bytes(values.numel()))
+    def encode(
+        self, values: Tensor, out: Tensor, residual: Tensor | None = None, *, minus: Tensor | None = None
+    ) -> None:
+        """Write `values + residual` to the bytes `out`, and leave in `residual` what was lost; `values` stay.
+
+        With `minus`, `values - minus + residual`: the difference is made piece by piece, and never as a whole.
+        """
         if residual is not None:
             _require_run(residual)
             assert residual.numel() == values.numel(), "the residual has as many elements as the values"
+        self.encode_part(values, out, values.numel(), 0, residual, minus=minus)
+
+    def encode_part(
+        self,
+        values: Tensor,
+        out: Tensor,
+        numel: int,
+        start: int,
+        residual: Tensor | None = None,
+        *,
+        minus: Tensor | None = None,
+    ) -> None:
+        """The same of whole blocks, which are elements from `start` on of the `numel` whose encoding is `out`."""
+        _require_run(values)
+        _require_bytes(out, self.encoded_bytes(numel))
+        if minus is not None:
+            _require_run(minus)
+            assert minus.numel() == values.numel(), "what is taken away has as many elements as the values"
+        stop = start + values.numel()
+        assert 0 <= start <= stop <= numel, "these elements are in the run"
+        assert start % BLOCK == 0, "a part begins with a block"
+        assert stop % BLOCK == 0 or stop == numel, "a part ends with a block or with the run"
         with torch.no_grad():
-            self._encode(values, out, residual)
+            self._encode(values, out, numel, start, residual, minus)
+
+    def encoding(
+        self, values: Tensor, out: Tensor, residual: Tensor | None = None, *, minus: Tensor | None = None
+    ) -> Iterator[int]:
+        """`encode`, step by step; after each step, how many bytes more of `out` are there, from the first on."""
+        numel, done = values.numel(), 0
+        length = _STEP if self.is_in_order else max(1, numel)
+        for start in range(0, numel, length):
+            stop = min(start + length, numel)
+            rows = (None if row is None else row[start:stop] for row in (residual, minus))
+            left, less = rows
+            self.encode_part(values[start:stop], out, numel, start, left, minus=less)
+            end = self._sections(numel, start, stop)[-1][1] if stop < numel else out.numel()
+            yield end - done
+            done = end
 
     def decode(self, encoded: Tensor, numel: int, out: Tensor, start: int = 0) -> None:
         """Write elements `start` to `start + out.numel()` of the `numel` that were encoded to `out`."""
@@ -108,7 +152,9 @@ class Codec(ABC):
             yield torch.zeros(missing, dtype=torch.uint8)
 
     @abstractmethod
-    def _encode(self, values: Tensor, out: Tensor, residual: Tensor | None) -> None: ...
+    def _encode(
+        self, values: Tensor, out: Tensor, numel: int, start: int, residual: Tensor | None, minus: Tensor | None
+    ) -> None: ...
 
     @abstractmethod
     def _decode(self, encoded: Tensor, numel: int, out: Tensor, start: int) -> None: ...
@@ -121,6 +167,8 @@ class Codec(ABC):
 class _Plain(Codec):
     """Each element by itself, as a number of another type, or of the same."""
 
+    is_in_order = True
+
     def __init__(self, name: str, dtype: torch.dtype) -> None:
         self.name = name
         self.dtype = dtype
@@ -128,18 +176,24 @@ class _Plain(Codec):
     def encoded_bytes(self, numel: int) -> int:
         return _filled_up(numel * self.dtype.itemsize)
 
-    def _encode(self, values: Tensor, out: Tensor, residual: Tensor | None) -> None:
-        size = values.numel() * self.dtype.itemsize
-        encoded = out[:size].view(self.dtype)
+    def _encode(
+        self, values: Tensor, out: Tensor, numel: int, start: int, residual: Tensor | None, minus: Tensor | None
+    ) -> None:
+        size = numel * self.dtype.itemsize
+        encoded = out[:size].view(self.dtype)[start : start + values.numel()]
         out[size:].zero_()
-        if residual is None:
+        if residual is None and minus is None:
             encoded.copy_(values)
             return
         scratch = _temporaries.scaled.view(-1)
-        rows = (torch.split(row, _PIECE) for row in (values, residual, encoded))
-        for piece, left, sent in zip(*rows, strict=True):
-            sent.copy_(left.add_(piece))
-            left.sub_(scratch[: left.numel()].copy_(sent)).nan_to_num_(0.0, 0.0, 0.0)
+        for piece, less, left, sent in _pieces(_PIECE, values, minus, residual, encoded):
+            room = scratch[: piece.numel()]
+            added = piece if less is None else torch.sub(piece, less, out=room)
+            if left is None:
+                sent.copy_(added)
+                continue
+            sent.copy_(left.add_(added))
+            left.sub_(room.copy_(sent)).nan_to_num_(0.0, 0.0, 0.0)
 
     def _decode(self, encoded: Tensor, numel: int, out: Tensor, start: int) -> None:
         out.copy_(encoded[: numel * self.dtype.itemsize].view(self.dtype)[start : start + out.numel()])
@@ -151,6 +205,7 @@ class _Plain(Codec):
 class _Blocks(Codec):
     """Integers of `bits` bits, and one scale for each block: its largest magnitude becomes the largest integer."""
 
+    is_in_order = False
     word = torch.int8  # what the bytes of elements are taken for
     zeros = 0  # a byte of elements that are zero
 
@@ -179,48 +234,51 @@ class _Blocks(Codec):
             (elements + self._element_bytes(start), elements + self._element_bytes(stop)),
         ]
 
-    def _encode(self, values: Tensor, out: Tensor, residual: Tensor | None) -> None:
-        numel = values.numel()
-        whole = numel // BLOCK
+    def _encode(
+        self, values: Tensor, out: Tensor, numel: int, start: int, residual: Tensor | None, minus: Tensor | None
+    ) -> None:
         scales, elements = self._split(out, numel)
         out[4 * scales.numel() + elements.numel() :].zero_()
+        first, whole = start // BLOCK, values.numel() // BLOCK
+        scales, elements = scales[first:], elements[first * self.block_bytes :]
         self._encode_blocks(
             _rows(values, whole, BLOCK),
+            None if minus is None else _rows(minus, whole, BLOCK),
             None if residual is None else _rows(residual, whole, BLOCK),
             _rows(scales, whole, 1),
             _rows(elements, whole, self.block_bytes),
         )
-        if numel > whole * BLOCK:
-            self._encode_last(values, residual, scales[whole:], elements[whole * self.block_bytes :])
+        if values.numel() > whole * BLOCK:
+            self._encode_last(values, minus, residual, scales[whole:], elements[whole * self.block_bytes :])
 
-    def _encode_last(self, values: Tensor, residual: Tensor | None, scale: Tensor, elements: Tensor) -> None:
+    def _encode_last(
+        self, values: Tensor, minus: Tensor | None, residual: Tensor | None, scale: Tensor, elements: Tensor
+    ) -> None:
         """The block at the end that is not whole, as one filled up with zeros, of which only the beginning is kept."""
         rest = values.numel() % BLOCK
         block, left = torch.zeros(1, BLOCK, device="cpu"), torch.zeros(1, BLOCK, device="cpu")
-        block[0, :rest] = values[-rest:]
+        block[0, :rest] = values[-rest:] if minus is None else values[-rest:] - minus[-rest:]
         if residual is not None:
             left[0, :rest] = residual[-rest:]
         packed = torch.empty(1, self.block_bytes, dtype=torch.uint8, device="cpu")
-        self._encode_blocks(block, left, scale.view(1, 1), packed)
+        self._encode_blocks(block, None, left, scale.view(1, 1), packed)
         elements.copy_(packed[0, : elements.numel()])
         if residual is not None:
             residual[-rest:] = left[0, :rest]
 
-    def _encode_blocks(self, values: Tensor, residual: Tensor | None, scales: Tensor, packed: Tensor) -> None:
+    def _encode_blocks(
+        self, values: Tensor, minus: Tensor | None, residual: Tensor | None, scales: Tensor, packed: Tensor
+    ) -> None:
         """Encode [blocks, BLOCK] to scales [blocks, 1] and bytes [blocks, block_bytes].
 
         An operation costs what ten thousand elements cost, so there are few for each piece, and none looks for what is
         not finite before the end.
         """
-        pieces = zip(
-            torch.split(values, _PIECE // BLOCK),
-            repeat(None) if residual is None else torch.split(residual, _PIECE // BLOCK),
-            torch.split(scales, _PIECE // BLOCK),
-            torch.split(packed.view(self.word), _PIECE // BLOCK),
-            strict=False,
-        )
-        for piece, left, piece_scales, words in pieces:
-            self._encode_piece(piece, left, piece_scales, words)
+        num_rows = _PIECE // BLOCK
+        for piece, less, left, piece_scales, words in _pieces(
+            num_rows, values, minus, residual, scales, packed.view(self.word)
+        ):
+            self._encode_piece(piece, less, left, piece_scales, words)
         broken = ~(scales[:, 0] < _LARGEST / self.largest)  # true for NaN too
         if broken.any():
             scales[broken] = torch.nan
@@ -228,11 +286,15 @@ class _Blocks(Codec):
             if residual is not None:
                 residual[broken] = 0.0
 
-    def _encode_piece(self, values: Tensor, residual: Tensor | None, scales: Tensor, words: Tensor) -> None:
+    def _encode_piece(
+        self, values: Tensor, minus: Tensor | None, residual: Tensor | None, scales: Tensor, words: Tensor
+    ) -> None:
         num_blocks = len(values)
-        sent = values if residual is None else residual.add_(values)
-        scaled = _first(_temporaries.scaled, num_blocks)
-        magnitudes, inverses = _first(_temporaries.magnitudes, num_blocks), _first(_temporaries.inverses, num_blocks)
+        scaled, magnitudes = _first(_temporaries.scaled, num_blocks), _first(_temporaries.magnitudes, num_blocks)
+        difference, inverses = _first(_temporaries.difference, num_blocks), _first(_temporaries.inverses, num_blocks)
+        sent = values if minus is None else torch.sub(values, minus, out=difference)
+        if residual is not None:
+            sent = residual.add_(sent)
         torch.amax(torch.abs(sent, out=scaled), 1, True, out=magnitudes)
         torch.div(magnitudes.clamp_(min=_SMALLEST_SCALE * self.largest), self.largest, out=scales)
         torch.mul(sent, torch.reciprocal(scales, out=inverses), out=scaled).round_()
@@ -301,6 +363,13 @@ class _Nibbles(_Blocks):
         torch.bitwise_and(words, 0x0F0F0F0F, out=_first(_temporaries.low, num_blocks))
         torch.bitwise_and(shifted, 0x0F0F0F0F, out=_first(_temporaries.high, num_blocks))
         out.copy_(_first(_temporaries.integers, num_blocks).sub_(8))
+
+
+def _pieces(length: int, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """The same rows of each, so many at a time; nothing of those that are not there."""
+    yield from zip(
+        *(repeat(None) if tensor is None else torch.split(tensor, length) for tensor in tensors), strict=False
+    )
 
 
 def _rows(run: Tensor, num_blocks: int, width: int) -> Tensor:

@@ -36,6 +36,7 @@ class Part:
     plan: Plan
     room: Room
     squared_norm: float = 0.0  # of its differences
+    digest: str = ""  # of its payload
 
     def encoded(self, number: int) -> Tensor:
         """The bytes of a slice, as its codec made them."""

@@ -26,6 +26,7 @@ from forgather.checkpoint.keep import Keep
 from forgather.checkpoint.run_folder import RunFolder
 from forgather.diloco.combine import Guard
 from forgather.diloco.controls import Controls
+from forgather.diloco.downloads import ChangedError
 from forgather.diloco.first_values import fragments_of, spool_budget
 from forgather.diloco.fragment_values import Answer
 from forgather.diloco.intake import Intake
@@ -48,6 +49,7 @@ from forgather.diloco.server_status import server_status
 from forgather.diloco.spool import Spool
 from forgather.errors import CheckpointError
 
+DIGEST_WAIT_S = 600.0  # for the published values to move, which takes as long as copying them
 _TICK_S = 0.25
 # What must agree, and what makes it so.
 _SAME = {
@@ -230,15 +232,22 @@ class Coordinator:
             raise ProtocolError("whose contribution is it to have?", status=404, fix="register again")
 
         def is_there() -> bool:
-            if there.is_moving or there.version.number < want.at_least:
+            if not there.can_answer(want):
                 return False
             return want.counted is None or self.rounds.counted[fragment].has(str(worker), want.counted)
 
-        while await self.until(is_there, want.wait_s):
-            answer = await asyncio.get_running_loop().run_in_executor(self._threads, there.answer, want)
-            if answer.is_current and not there.is_moving:
-                return answer
-        return None
+        return there.answer(want) if await self.until(is_there, want.wait_s) else None
+
+    async def digests(self, answer: Answer) -> list[bytes]:
+        """Those of the values that an answer leads to, once they are there; ChangedError when others are by then."""
+        there = answer.values
+        await self.until(lambda: not (answer.is_current and there.is_moving), DIGEST_WAIT_S)
+        if answer.is_current and not there.is_moving and there.version == answer.version:
+            loop = asyncio.get_running_loop()
+            digests = await loop.run_in_executor(self._threads, lambda: [there.digest(each) for each in answer.slices])
+            if answer.is_current:
+                return digests
+        raise ChangedError
 
     async def until(self, condition: Callable[[], bool], seconds: float) -> bool:
         """Wait until something that is told of makes `condition` true, but not longer than so many seconds."""

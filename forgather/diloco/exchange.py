@@ -17,14 +17,17 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 from forgather.checkpoint.storage import raw_bytes
 from forgather.diloco.client import CONNECT_S, Answer, UnknownWorkerError, UnreachableError
 from forgather.diloco.codec import BLOCK, Codec, codec
-from forgather.diloco.local_fragment import LocalFragment, Numbers, Part, digest_of
+from forgather.diloco.learned import Learned
+from forgather.diloco.local_fragment import LocalFragment, Numbers, Part
 from forgather.diloco.membership import Backoff, Membership
 from forgather.diloco.messages import Closed, Identity, Slice, Version, WantValues
+from forgather.diloco.pieces import PIECE
 from forgather.diloco.slices import covering_ranges, runs
 from forgather.errors import DistributedError, TrainingError
 
@@ -32,15 +35,14 @@ WAIT_S = 20.0  # that one request for values waits at the server
 _ATTEMPTS = 3  # to get values that are what their digests say
 
 Kind = TypeVar("Kind")
-# Makes this rank's part of the contribution for a round; with True as differences, whatever the codec would send.
-Encode = Callable[[int, bool], Part]
 
 
 class Exchange:
     """One exchange of `fragment`, in its round `round`; its thread begins with it.
 
-    `parts` is what this rank brings, where that was encoded before a restart; else `encode` makes its part. Without
-    both, values of at least version `at_least` are fetched, and with nothing to fetch either the rank is an onlooker.
+    `parts` is what this rank brings, where that was encoded before a restart; else its part is made of what it has
+    `learned`, and sent while it is encoded. Without both, values of at least version `at_least` are fetched, and with
+    nothing to fetch either the rank is an onlooker.
     """
 
     def __init__(
@@ -51,7 +53,7 @@ class Exchange:
         *,
         at_least: int | None = None,
         parts: Sequence[Part] = (),
-        encode: Encode | None = None,
+        learned: Learned | None = None,
         is_async: bool = False,
     ) -> None:
         self.fragment = fragment
@@ -62,11 +64,12 @@ class Exchange:
         self.version: Version | None = None  # of `values`, once they are there
         self.durable = 0
         self.failure: Exception | None = None
-        self.is_encoded = bool(parts) or encode is None
+        self.has_parts = bool(parts) or learned is None
         self.is_onlooker = not fragment.owned and not parts
         self._membership = membership
         self._at_least = round + 1 if at_least is None else at_least
-        self._encode = None if self.is_onlooker else encode
+        self._learned = None if self.is_onlooker else learned
+        self._encoding: threading.Thread | None = None
         self._is_async = is_async
         self._accepted: tuple[int, str] | None = None  # for which round, and by which process of the server
         self._offered: dict[Identity, bool] = {}  # what was kept and brought to a server that came back: was it taken?
@@ -96,7 +99,7 @@ class Exchange:
     def is_delivered(self) -> bool:
         """Whether the server has this rank's parts of the round that the exchange is in."""
         with self._changed:
-            return self.is_encoded and (not self.parts or self._is_accepted)
+            return self.has_parts and (not self.parts or self._is_accepted)
 
     @property
     def away_s(self) -> float:
@@ -135,11 +138,14 @@ class Exchange:
         Raises what kept them from being made: without them nobody could send the contribution again.
         """
         with self._changed:
-            while not self.is_encoded and self.failure is None:
+            while not self.has_parts and self.failure is None:
                 self._changed.wait()
-            if not self.is_encoded and self.failure is not None:
+            if not self.has_parts and self.failure is not None:
                 raise self.failure
-            return [part.moved_to(self.agreed_round) for part in self.parts]
+            parts = [part.moved_to(self.agreed_round) for part in self.parts]
+        for part in parts:
+            part.payload.wait()
+        return parts
 
     def close(self) -> None:
         """End it, whatever it is doing."""
@@ -151,6 +157,8 @@ class Exchange:
             self._client.abort()
         if self._thread.ident is not None:
             self._thread.join(CONNECT_S + 1)  # one that is just connecting is left to itself
+        if self._encoding is not None:
+            self._encoding.join()
         self._membership.give_back(self._client)
 
     def _run(self) -> None:
@@ -170,12 +178,14 @@ class Exchange:
                 self._changed.notify_all()
 
     def _make_part(self) -> None:
-        if not self.is_encoded:
-            assert self._encode is not None, "what is not encoded can be"
-            part = self._encode(self.round, self._is_async)
+        if self._learned is not None and not self.has_parts:
+            part = self._learned.part(self.round, as_differences=self._is_async)
+            # Beside the network: it is sent as it is made, and a checkpoint waits for the making alone.
+            self._encoding = threading.Thread(target=self._learned.write, args=(part,), daemon=True)
+            self._encoding.start()
             with self._changed:
                 self.parts = [part]
-                self.is_encoded = True
+                self.has_parts = True
                 self._changed.notify_all()
 
     def _has_work(self) -> bool:
@@ -207,7 +217,7 @@ class Exchange:
             self._changed.notify_all()
 
     def _send(self, part: Part) -> object:
-        return self._client.send(part.identity, part.header, raw_bytes(part.payload))
+        return self._client.send(part.identity, part.header, part.payload)
 
     def _readdress(self, open: Version, round: int) -> None:
         """Its round was closed without it, or is not open yet: the server came back from an older state."""
@@ -225,8 +235,9 @@ class Exchange:
                 self._pause()  # the round is made again with it
                 return
         if any(part.header.content == "values" for part in self.parts):
-            assert self._encode is not None, "values are fp32, which is encoded anew on any mesh"
-            self.parts = [self._encode(open.number, True)]
+            assert self._learned is not None, "values are fp32, which is encoded anew on any mesh"
+            self.parts = [part := self._learned.part(open.number, as_differences=True)]
+            self._learned.write(part)
         elif open.number == round:
             self._pause()
         with self._changed:
@@ -301,23 +312,23 @@ class Exchange:
     def _read(self, answer: Answer) -> bool:
         """Fill `values`; whether they are what the digests say."""
         header = answer.header
-        if len(header.digests) != len(self.fragment.owned) or (header.content == "change" and not self._takes_change):
+        if header.content == "change" and not self._takes_change:
             raise DistributedError(
                 "the server's answer is not what was asked for",
                 fix="install the same version of forgather on all machines",
             )
         decoder = codec(header.codec)
-        is_sound = True
+        found: list[bytes] = []
         scratch: list[Tensor] = []
-        for holding, digest in zip(self.fragment.owned, header.digests, strict=True):
-            out = self.values[holding.slice.name]
+        for holding in self.fragment.owned:
+            name = holding.slice.name
             if header.content == "change":
-                read_change(answer, decoder, holding.shape, holding.slice, out, scratch)
-                out.add_(self.fragment.anchor[holding.slice.name])
+                anchor = self.fragment.anchor[name]
+                values = self.values[name]
+                found.append(read_change(answer, decoder, holding.shape, holding.slice, anchor, values, scratch))
             else:
-                answer.read_into(raw_bytes(out))
-            is_sound = digest_of(out) == digest and is_sound
-        return is_sound
+                found.append(read_values(answer, self.values[name]))
+        return found == answer.digests(len(found))
 
     def _persist(self, call: Callable[[], Kind], round: int) -> Kind | None:
         """What `call` gives, however often the network fails; None when it is over, or the round another."""
@@ -362,15 +373,32 @@ class Exchange:
                 self._changed.wait(self._backoff.next_s())
 
 
-def read_change(
-    answer: Answer, decoder: Codec, shape: Sequence[int], part: Slice, out: Tensor, scratch: list[Tensor]
-) -> None:
-    """Fill `out` with the elements of a slice, out of the encoded ranges of its parameter that cover it.
+def read_values(answer: Answer, out: Tensor) -> bytes:
+    """Fill `out` with the elements of a slice; returns their digest."""
+    digest = xxhash.xxh3_64()
+    for piece in torch.split(out, PIECE):
+        answer.read_into(raw_bytes(piece))
+        digest.update(raw_bytes(piece))
+    return digest.digest()
 
-    `scratch`, empty at first, has the memory that the slices of an answer are read into, one after the other.
+
+def read_change(
+    answer: Answer,
+    decoder: Codec,
+    shape: Sequence[int],
+    part: Slice,
+    anchor: Tensor,
+    out: Tensor,
+    scratch: list[Tensor],
+) -> bytes:
+    """Fill `out` with the elements of a slice, which are `anchor` and its change; returns their digest.
+
+    The change comes as the encoded ranges of the parameter that cover the slice. `scratch`, empty at first, has the
+    memory that the slices of an answer are read into, one after the other.
     """
+    digest = xxhash.xxh3_64()
     starts, length = runs(shape, part)
-    done = 0
+    done = there = 0  # what is decoded, and what is added and seen by the digest while it is near the processor
     for start, stop in covering_ranges(shape, part, BLOCK):
         num_bytes = decoder.encoded_bytes(stop - start)
         if not scratch or scratch[0].numel() < num_bytes:
@@ -378,5 +406,11 @@ def read_change(
         encoded = scratch[0][:num_bytes]
         answer.read_into(raw_bytes(encoded))
         for run in starts[np.searchsorted(starts, start) : np.searchsorted(starts, stop)].tolist():
-            decoder.decode(encoded, stop - start, out[done : done + length], run - start)
-            done += length
+            for first in range(0, length, PIECE):
+                piece = out[done : done + min(PIECE, length - first)]
+                decoder.decode(encoded, stop - start, piece, run + first - start)
+                done += piece.numel()
+                if done - there >= PIECE or done == out.numel():
+                    digest.update(raw_bytes(out[there:done].add_(anchor[there:done])))
+                    there = done
+    return digest.digest()

@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from forgather.diloco.exchange import Exchange
+from forgather.diloco.learned import Learned
 from forgather.diloco.local_fragment import LocalFragment, Numbers, Part
 from forgather.diloco.membership import Membership
-from forgather.diloco.messages import Content, Identity, Settings
+from forgather.diloco.messages import Settings
 
 
 @dataclass
@@ -60,20 +61,13 @@ def take_off(
     `round` and `parts` go on with one that had begun before a restart; where its parts were made on another mesh, no
     rank makes another.
     """
-    worker = membership.request.worker
-
-    def encode(round: int, as_differences: bool) -> Part:
-        fragment.require_finite(sent)
-        identity = Identity(worker, round, fragment.number, fragment.part or 0)
-        content: Content = "differences" if as_differences or fragment.upload != "fp32" else "values"
-        return fragment.encode(sent, identity, content, tokens=tokens, steps=steps, consumed=consumed)
-
+    learned = Learned(fragment, membership.request.worker, sent, tokens, steps, consumed)
     exchange = Exchange(
         fragment,
         membership,
         fragment.number_of_version if round is None else round,
         parts=parts,
-        encode=None if is_encoded_elsewhere else encode,
+        learned=None if is_encoded_elsewhere else learned,
         is_async=settings.mode == "async",
     )
     return Flight(fragment, exchange, begun, sent, tokens, steps, consumed)

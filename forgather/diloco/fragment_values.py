@@ -36,14 +36,15 @@ class FragmentValues:
         self.published = {name: tensor.clone() for name, tensor in self.master.items()}
         self.shapes = {name: tuple(tensor.shape) for name, tensor in values.items()}
         self.change = None if download == "fp32" else Change(self.shapes, download)
-        self.changed_from: Version | None = None  # what the change leads from, to `version`
-        self.version = version
+        self.changed_from: Version | None = None  # what the change leads from
+        self.version = version  # of the published values
+        self.coming: Version | None = None  # the next one, whose change is there while the published values still move
         self.durable = version.number
         self.generation = 0  # of the published values
         self.change_generation = 0
         self.is_moving = False  # the published values are being moved to the next version
         self.downloads = Downloads()
-        self._digests: dict[Slice, str] = {}
+        self._digests: dict[Slice, bytes] = {}
 
     @property
     def numel(self) -> int:
@@ -58,6 +59,11 @@ class FragmentValues:
         """The master values, and the change, are about to be of the next version."""
         self.changed_from = None
         self.change_generation += 1
+
+    def is_made(self, version: Version) -> None:
+        """What leads to the next version is there: a change can be sent while the published values still move."""
+        if self.change is not None:
+            self.changed_from, self.coming = self.version, version
 
     def move_begins(self) -> None:
         """From here on nobody reads the published values, before `moved`."""
@@ -76,54 +82,59 @@ class FragmentValues:
     def moved(self, version: Version, changed_from: Version | None) -> None:
         """They are those of `version`."""
         self._digests.clear()
-        self.version, self.is_moving = version, False
+        self.version, self.coming, self.is_moving = version, None, False
         self.changed_from = changed_from if self.change is not None else None
 
     def require(self, want: WantValues) -> None:
         """ProtocolError (422) unless the slices are of this fragment."""
         require_slices(want.slices, self.shapes)
 
-    def digest(self, each: Slice) -> str:
+    def can_answer(self, want: WantValues) -> bool:
+        """Whether there is what is wanted, or a change that leads to it."""
+        if self._has_change_for(want) and self.coming is not None and want.counted is None:
+            return self.coming.number >= want.at_least
+        return not self.is_moving and self.version.number >= want.at_least
+
+    def _has_change_for(self, want: WantValues) -> bool:
+        return self.change is not None and want.have is not None and want.have == self.changed_from
+
+    def digest(self, each: Slice) -> bytes:
         """xxh3-64 of a slice's published values, computed once a version."""
         known = self._digests.get(each)
         if known is None:
             digest, generation = xxhash.xxh3_64(), self.generation
             for _, piece in pieces(box_of(self.published[each.name], each)):
                 digest.update(raw_bytes(piece.contiguous()))
-            known = digest.hexdigest()
+            known = digest.digest()
             if generation == self.generation:
                 self._digests[each] = known
         return known
 
     def answer(self, want: WantValues) -> "Answer":
-        """What to send for `want` now. Computes digests: not for the event loop's thread."""
-        generation, version, changed_from = self.generations, self.version, self.changed_from
-        digests = [self.digest(each) for each in want.slices]
-        is_change = self.change is not None and want.have is not None and want.have == changed_from
-        header = Values(
-            version,
-            "change" if is_change else "values",
-            self.change.codec.name if is_change and self.change is not None else "fp32",
-            digests,
-            self.durable,
-        )
-        ranges = [covering_ranges(self.shapes[each.name], each, BLOCK) for each in want.slices] if is_change else None
-        return Answer(self, generation, pack_header(header.to_json()), want.slices, ranges)
+        """What to send for `want`, which it can answer now."""
+        if not self._has_change_for(want):
+            header = Values(self.version, "values", "fp32", self.durable)
+            return Answer(self, self.generations, header.version, pack_header(header.to_json()), want.slices, None)
+        assert self.change is not None, "there is a change"
+        header = Values(self.coming or self.version, "change", self.change.codec.name, self.durable)
+        ranges = [covering_ranges(self.shapes[each.name], each, BLOCK) for each in want.slices]
+        return Answer(self, self.generations, header.version, pack_header(header.to_json()), want.slices, ranges)
 
 
 @dataclass
 class Answer:
-    """The frame of an answer. Its blocks are to be made on the thread on which versions change."""
+    """The frame of an answer, behind which come the digests. Both are made on the thread on which versions change."""
 
     values: FragmentValues
     generations: tuple[int, int]  # of the values and the change, as they were
+    version: Version
     head: bytes
     slices: Sequence[Slice]
     ranges: Sequence[Sequence[tuple[int, int]]] | None  # of a change: which of each parameter's elements cover a slice
 
     @property
     def num_bytes(self) -> int:
-        """Of the whole body."""
+        """Of the body, without the digests."""
         if self.ranges is None:
             return len(self.head) + sum(4 * each.numel for each in self.slices)
         encoder = self._change.codec

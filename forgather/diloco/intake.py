@@ -15,6 +15,7 @@ from forgather.diloco.contribution import Examination, Held, Part, Plan, plan_pa
 from forgather.diloco.fragment_values import FragmentValues
 from forgather.diloco.members import Member
 from forgather.diloco.messages import Accepted, Closed, Contribution, Identity, ProtocolError, Settings
+from forgather.diloco.payload import DIGEST_BYTES
 from forgather.diloco.rounds import Rounds, Verdict
 from forgather.diloco.spool import Spool, refusal
 
@@ -103,14 +104,14 @@ class Intake:
         try:
             await self._written(room.take())
             self.trouble = None
-            await self._fill(part, examination, blocks, lambda: self._incoming.get(identity) is mine)
+            digest = await self._fill(part, examination, blocks, lambda: self._incoming.get(identity) is mine)
             answer = await self.verdict(identity, header)
             if answer is not None:
                 return answer
             if self.rounds.members.get(identity.worker) is not member or member.state in ("left", "kicked"):
                 raise ProtocolError(f"{identity.worker} is no member any more", status=404, fix="register again")
             is_kept = True
-            return self._keep(identity, replace(part, squared_norm=examination.squared_norm))
+            return self._keep(identity, replace(part, digest=digest, squared_norm=examination.squared_norm))
         finally:
             if self._incoming.get(identity) is mine:
                 del self._incoming[identity]
@@ -119,36 +120,39 @@ class Intake:
 
     async def _fill(
         self, part: Part, examination: Examination, blocks: AsyncIterable[bytes], is_wanted: Callable[[], bool]
-    ) -> None:
-        """Receive a part, and look through it meanwhile."""
+    ) -> str:
+        """Receive a part, and look through it meanwhile; returns its digest."""
         room, expected = part.room, part.plan.num_bytes
         digest = xxhash.xxh3_64()
-        received = 0
+        received, last = 0, bytearray()  # the digest is behind the payload
         looking: asyncio.Future[None] | None = None
         try:
             async for block in blocks:
-                received += len(block)
-                if received > expected:
+                data = memoryview(block)[: expected - received]
+                received += len(data)
+                last += block[len(data) :]
+                if len(last) > DIGEST_BYTES:
                     raise ProtocolError(f"more than the {expected:,} bytes that the header tells of", status=422)
                 if not is_wanted():
                     raise ProtocolError("this part is being sent again by another connection", status=409)
-                digest.update(block)
-                await self._written(room.write(memoryview(block)))
+                digest.update(data)
+                await self._written(room.write(data))
                 if looking is not None and looking.done():
                     looking = looking.result()
                 if looking is None and examination.has_work:
                     looking = self._look_through(examination)
             await self._written(room.finish())
-            if received != expected:
+            if received != expected or len(last) != DIGEST_BYTES:
                 raise ProtocolError(f"{received:,} bytes of {expected:,} have come", fix="send it again")
-            if digest.hexdigest() != part.header.digest:
-                raise ProtocolError("the payload does not have the digest that its header says", fix="send it again")
+            if digest.digest() != last:
+                raise ProtocolError("the payload does not have the digest that is sent behind it", fix="send it again")
         finally:
             if looking is not None:
                 await asyncio.wait([looking])
         if looking is not None:
             looking.result()
         await self._look_through(examination)
+        return last.hex()
 
     def _look_through(self, examination: Examination) -> "asyncio.Future[None]":
         return asyncio.get_running_loop().run_in_executor(self._checkers, examination.go_on)

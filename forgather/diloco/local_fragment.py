@@ -8,12 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import xxhash
 from torch import Tensor
 
-from forgather.checkpoint.storage import raw_bytes
 from forgather.diloco.codec import codec
 from forgather.diloco.messages import Content, Contribution, Identity, Slice, Version
+from forgather.diloco.payload import Payload
 from forgather.diloco.slices import Holding, Holdings
 from forgather.errors import TrainingError
 
@@ -24,7 +23,7 @@ class Part:
 
     identity: Identity
     header: Contribution
-    payload: Tensor  # bytes
+    payload: Payload
     landed: int | None = None  # the number of a version that has it; None as long as none is known
 
     def moved_to(self, round: int, landed: int | None = None) -> "Part":
@@ -116,53 +115,51 @@ class LocalFragment:
                     "checkpoint is from before it was stopped",
                 )
 
-    @torch.no_grad()
-    def encode(
-        self,
-        local: Numbers,
-        identity: Identity,
-        content: Content,
-        *,
-        tokens: int,
-        steps: int,
-        consumed: Mapping[str, int],
+    def part_of(
+        self, identity: Identity, content: Content, *, tokens: int, steps: int, consumed: Mapping[str, int]
     ) -> Part:
-        """The part of a contribution that says how far `local` is from the anchor; the residual takes the losses.
-
-        What counts as the beginning is the anchor as the parameters have it: of bf16 ones its rounding would otherwise
-        be sent as if it had been learned.
-        """
+        """This rank's part of a contribution, whose payload is still to be written."""
         assert self.version is not None, "differences are from a version"
-        encoder = codec(self.upload)
-        lengths = [encoder.encoded_bytes(holding.slice.numel) for holding in self.owned]
-        payload = self._payload(sum(lengths))
-        scratch = torch.empty(max((holding.slice.numel for holding in self.owned), default=0))
-        for holding, out in zip(self.owned, torch.split(payload, lengths), strict=True):
-            name = holding.slice.name
-            values = scratch[: holding.slice.numel]
-            torch.sub(self._begun_with(holding), local[name], out=values)
-            if content == "values":
-                # Of an fp32 parameter its value itself: a difference and back is not exact.
-                is_exact = holding.local.dtype == torch.float32
-                values = local[name] if is_exact else torch.sub(self.anchor[name], values, out=values)
-            encoder.encode(values, out, None if self.residual is None else self.residual[name])
         header = Contribution(
             base=self.version,
             content=content,
             codec=self.upload,
             slices=self.slices,
-            digest=digest_of(payload),
             parts=self.num_parts,
             tokens=tokens,
             steps=steps,
             consumed=consumed,
         )
-        return Part(identity, header, payload)
-
-    def _payload(self, num_bytes: int) -> Tensor:
-        """Memory for a part, all of whose bytes a codec writes."""
+        num_bytes = sum(self._lengths())
         spare, self._spare_payload = self._spare_payload, None
-        return spare if spare is not None and spare.numel() == num_bytes else torch.empty(num_bytes, dtype=torch.uint8)
+        if spare is None or spare.nbytes != num_bytes:
+            spare = torch.empty(num_bytes, dtype=torch.uint8)
+        return Part(identity, header, Payload(spare))
+
+    @torch.no_grad()
+    def write(self, part: Part, local: Numbers) -> None:
+        """Write its payload: how far `local` is from the anchor; the residual takes what the codec loses.
+
+        What counts as the beginning is the anchor as the parameters have it: of bf16 ones its rounding would otherwise
+        be sent as if it had been learned.
+        """
+        encoder, payload = codec(self.upload), part.payload
+        with payload.written():
+            for holding, out in zip(self.owned, torch.split(payload.data, self._lengths()), strict=True):
+                name = holding.slice.name
+                residual = None if self.residual is None else self.residual[name]
+                if part.header.content == "differences":
+                    steps = encoder.encoding(self._begun_with(holding), out, residual, minus=local[name])
+                elif holding.local.dtype == torch.float32:
+                    steps = encoder.encoding(local[name], out)  # a difference and back is not exact
+                else:
+                    steps = encoder.encoding(self.anchor[name], out, minus=self._begun_with(holding) - local[name])
+                for num_bytes in steps:
+                    payload.grow(num_bytes)
+
+    def _lengths(self) -> list[int]:
+        """How long the encoding of each slice is."""
+        return [codec(self.upload).encoded_bytes(holding.slice.numel) for holding in self.owned]
 
     def _begun_with(self, holding: Holding) -> Tensor:
         anchor = self.anchor[holding.slice.name]
@@ -208,9 +205,4 @@ class LocalFragment:
         done = [part for part in self.kept if part.landed is not None and part.landed <= durable]
         self.kept = [part for part in self.kept if part.landed is None or part.landed > durable]
         if done:
-            self._spare_payload = done[-1].payload
-
-
-def digest_of(tensor: Tensor) -> str:
-    """xxh3-64, in hex, of the bytes of a contiguous tensor on the CPU."""
-    return xxhash.xxh3_64_hexdigest(raw_bytes(tensor))
+            self._spare_payload = done[-1].payload.data

@@ -204,7 +204,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Contribution:
-    """The header of one part of a contribution.
+    """The header of one part of a contribution. The payload follows, and then its xxh3-64, 8 bytes.
 
     `content` is `differences` (base minus local; they apply to any version) or `values` (the local parameters
     themselves, fp32, which need the base they began from). The slices of all `parts` together make up the fragment.
@@ -214,7 +214,6 @@ class Contribution:
     content: Content
     codec: str
     slices: Sequence[Slice]
-    digest: str  # xxh3-64 of the payload, in hex
     parts: int = 1
     tokens: int = 1  # the weight in the mean; the same in all parts
     steps: int = 1
@@ -231,7 +230,6 @@ class Contribution:
                 "content": "values" | "differences" as content,
                 "codec": str(codec),
                 "slices": list(slices),
-                "digest": str(digest),
                 "parts": int(parts),
                 "tokens": int(tokens),
                 "steps": int(steps),
@@ -242,7 +240,6 @@ class Contribution:
                     content,
                     codec,
                     [Slice.from_json(each) for each in slices],
-                    digest,
                     parts,
                     tokens,
                     steps,
@@ -325,14 +322,13 @@ class Values:
     """The header of the slices that were asked for, in their order.
 
     `content` is `values` (fp32, each slice's elements) or `change` (for each slice: what `codec` has made of the ranges
-    of the parameter's elements that cover it; see `slices.covering_ranges`). `digests` are xxh3-64, in hex, of the
-    resulting fp32 values of each slice: a worker whose own differ asks again, without `have`.
+    of the parameter's elements that cover it; see `slices.covering_ranges`). Behind them come digests, 8 bytes each:
+    the xxh3-64 of the resulting fp32 values of each slice. A worker whose own differ asks again, without `have`.
     """
 
     version: Version
     content: Content
     codec: str
-    digests: Sequence[str]
     durable: int  # versions up to this one are on the server's disk: contributions to earlier rounds may be forgotten
 
     def to_json(self) -> dict[str, Any]:
@@ -340,9 +336,7 @@ class Values:
 
     @classmethod
     def from_json(cls, value: Any) -> Self:
-        return cls(
-            Version.from_json(value["version"]), value["content"], value["codec"], value["digests"], value["durable"]
-        )
+        return cls(Version.from_json(value["version"]), value["content"], value["codec"], value["durable"])
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,10 @@ class OuterOptimizer(OuterState, Protocol):
 
     def require_parameters(self, parameters: Mapping[str, Sequence[int]]) -> None: ...
 
-    def step(self, name: str, master: Tensor, mean: Tensor) -> None: ...
+    @property
+    def is_elementwise(self) -> bool: ...
+
+    def step(self, name: str, master: Tensor, mean: Tensor, start: int = 0) -> None: ...
 
     @property
     def num_states(self) -> int: ...
@@ -190,6 +193,8 @@ class Publisher:
         version = Version(before.number + 1, lineage(before.lineage, taken))
         made = Made(contributors, rates)
         await self._retried(lambda: self._in_thread(lambda: self._journal.add(fragment, version, made)))
+        there.is_made(version)
+        await self._tell()
         await self._slow_ones(fragment, changes=False)
         there.move_begins()
         await self._in_thread(there.move)

@@ -20,6 +20,7 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from forgather.diloco.flight import Flight
 from forgather.diloco.local_fragment import LocalFragment, Numbers, Part
 from forgather.diloco.messages import Contribution, Identity, Version
+from forgather.diloco.payload import Payload
 from forgather.diloco.slices import Holding
 from forgather.distributed.collectives import rank, world_size
 
@@ -62,7 +63,7 @@ def capture(fragments: Sequence[LocalFragment], flights: Mapping[int, Flight]) -
             parts[f"{own.fragment}.{own.round}.{own.part}"] = {
                 "worker": own.worker,
                 "header": part.header.to_json(),
-                "payload": part.payload,
+                "payload": part.payload.data,
                 "landed": part.landed,
             }
     return {
@@ -125,7 +126,8 @@ class Restored:
                 continue  # another rank has it
             fragment_number, round, number = map(int, key.split("."))
             identity = Identity(content["worker"], round, fragment_number, number)
-            part = Part(identity, Contribution.from_json(content["header"]), content["payload"], content["landed"])
+            header, payload = Contribution.from_json(content["header"]), Payload.whole(content["payload"])
+            part = Part(identity, header, payload, content["landed"])
             flight = self.flights.get(str(fragment_number))
             if flight is not None and round == int(flight["round"]):
                 self.parts.setdefault(fragment_number, []).append(part)

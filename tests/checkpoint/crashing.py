@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tests.ranks import _FORKSERVER
+from tests.ranks import FORKSERVER
 
 HIDDEN = 128
 
@@ -26,9 +26,9 @@ class Victim:
 
     def __init__(self, folder: Path, steps: int, *, die_at: str | None = None, asynchronous: bool = False) -> None:
         self.lines: list[str] = []
-        self._ours, theirs = _FORKSERVER.Pipe()
+        self._ours, theirs = FORKSERVER.Pipe()
         self.errors = folder.with_name("stderr.log")
-        self._process = _FORKSERVER.Process(
+        self._process = FORKSERVER.Process(
             target=_train, args=(str(folder), steps, theirs, str(self.errors), die_at, asynchronous)
         )
         self._process.start()

@@ -16,7 +16,7 @@ from forgather.checkpoint.folder import saved_steps, step_name
 from forgather.checkpoint.layout import read_layout
 from forgather.cli.main import main
 from tests.checkpoint.training import damage_in
-from tests.ranks import _FORKSERVER
+from tests.ranks import FORKSERVER
 
 CONFIG = """
 extends: lib:train/causal_lm.yaml
@@ -64,7 +64,7 @@ class Training:
         self.log.touch()
         self._said = self.log.stat().st_size
         words = ["-p", str(project), "train", "--device", "cpu", "--run-name", name, "--steps", str(steps)]
-        self.process = _FORKSERVER.Process(
+        self.process = FORKSERVER.Process(
             target=_forgather, args=([*words, "--nproc", str(ranks), *extra], str(self.log))
         )
         self.process.start()

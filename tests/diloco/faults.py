@@ -21,11 +21,10 @@ from typing import Any
 import pytest
 import torch
 
-from forgather.checkpoint.storage import raw_bytes
 from forgather.diloco.address import parse_address
 from forgather.diloco.client import Client
-from forgather.diloco.local_fragment import digest_of as payload_digest
 from forgather.diloco.messages import Accepted, Contribution, Identity, Slice, Version
+from forgather.diloco.payload import Payload
 from forgather.errors import ForgatherError
 from tests.diloco.processes import TOKEN, Child, World, make_model, parameters_of
 
@@ -113,8 +112,8 @@ def contribute(client: Client, round: int, value: float) -> object:
     payload = torch.full((sum(each.numel for each in slices),), value, dtype=torch.bfloat16).view(torch.uint8)
     # Each slice is encoded to a multiple of 8 bytes.
     payload = torch.cat([_padded(each) for each in payload.split([2 * each.numel for each in slices])])
-    header = Contribution(Version(round, ""), "differences", "bf16", slices, payload_digest(payload), tokens=16)
-    return client.send(Identity(client.worker, round, 0), header, raw_bytes(payload))
+    header = Contribution(Version(round, ""), "differences", "bf16", slices, tokens=16)
+    return client.send(Identity(client.worker, round, 0), header, Payload.whole(payload))
 
 
 def _padded(encoded: torch.Tensor) -> torch.Tensor:

@@ -36,7 +36,7 @@ from forgather.diloco.messages import Settings
 from forgather.diloco.outer import Nesterov
 from forgather.diloco.worker import DiLoCo
 from tests.proxy import Proxy
-from tests.ranks import _FORKSERVER
+from tests.ranks import FORKSERVER
 
 TOKEN = "token-of-the-tests"
 WIDTH = 256  # 66,000 parameters: three blocks of the proxy in bf16
@@ -96,8 +96,8 @@ class Child:
     """A forked process that reports events, and ends with the test."""
 
     def __init__(self, target: Any, plan: Any) -> None:
-        self.pipe, theirs = _FORKSERVER.Pipe()
-        self.process = _FORKSERVER.Process(target=_run, args=(target, plan, theirs), daemon=True)
+        self.pipe, theirs = FORKSERVER.Pipe()
+        self.process = FORKSERVER.Process(target=_run, args=(target, plan, theirs), daemon=True)
         self.process.start()
         theirs.close()
         self.seen: list[tuple[Any, ...]] = []

@@ -53,6 +53,11 @@ def whole(values: Mapping[str, Tensor]) -> list[Slice]:
     return [Slice(name, (0,) * value.dim(), tuple(value.shape)) for name, value in values.items()]
 
 
+def body_of(header: Contribution, payload: bytes) -> bytes:
+    """A part of a contribution as it is sent."""
+    return pack_header(header.to_json()) + payload + xxhash.xxh3_64(payload).digest()
+
+
 @dataclass
 class Speaker:
     """A worker by name. `base` is the version that it says its contributions began with, by fragment."""
@@ -93,7 +98,7 @@ class Speaker:
             tensors, slices=slices, content=content, upload=upload, base=base or Version(round, ""), **others
         )
         path = f"/v1/contributions/{self.name}/{round}/{fragment}/{part}"
-        return ask(self.server, "PUT", path, pack_header(header.to_json()) + payload, key=self.key)
+        return ask(self.server, "PUT", path, body_of(header, payload), key=self.key)
 
     def message(
         self,
@@ -113,7 +118,7 @@ class Speaker:
             out = torch.empty(encoder.encoded_bytes(values.numel()), dtype=torch.uint8)
             encoder.encode(values, out, None)
             payload += bytes(raw_bytes(out))
-        header = Contribution(base, content, upload, slices, xxhash.xxh3_64(payload).hexdigest())
+        header = Contribution(base, content, upload, slices)
         return replace(header, **others), payload
 
     def values(
@@ -124,14 +129,16 @@ class Speaker:
         have: Version | None = None,
         fragment: int = 0,
         wait_s: float = 10.0,
-    ) -> tuple[Values, bytes] | Reply:
-        """The header and payload of an answer, or a reply that is none."""
+    ) -> tuple[Values, bytes, list[bytes]] | Reply:
+        """The header, payload and digests of an answer, or a reply that is none."""
         want = WantValues(slices, at_least, have, wait_s)
         reply = ask(self.server, "POST", f"/v1/values/{fragment}", want.to_json(), key=self.key)
         if reply.status != 200:
             return reply
         length = int.from_bytes(reply.body[:4], "big")
-        return Values.from_json(json.loads(reply.body[4 : 4 + length])), reply.body[4 + length :]
+        last = len(reply.body) - 8 * len(slices)
+        digests = [reply.body[at : at + 8] for at in range(last, len(reply.body), 8)]
+        return Values.from_json(json.loads(reply.body[4 : 4 + length])), reply.body[4 + length : last], digests
 
     def taken(
         self,
@@ -145,10 +152,10 @@ class Speaker:
         """Whole parameters in which the slices are as the server says: what a worker that holds `held` makes of it."""
         answer = self.values(slices, at_least=at_least, have=have, fragment=fragment)
         assert not isinstance(answer, Reply), answer
-        header, payload = answer
+        header, payload, digests = answer
         result = {name: value.clone() for name, value in held.items()}
         at = 0
-        for each, digest in zip(slices, header.digests, strict=True):
+        for each, digest in zip(slices, digests, strict=True):
             value = result[each.name]
             if header.content == "change":
                 decoder, whole_change = codec(header.codec), torch.zeros_like(value)
@@ -163,7 +170,7 @@ class Speaker:
                 raw = bytearray(payload[at : at + 4 * each.numel])
                 box.copy_(torch.frombuffer(raw, dtype=torch.float32).view(box.shape))
                 at += 4 * each.numel
-            mine = xxhash.xxh3_64(raw_bytes(box_of(value, each).contiguous())).hexdigest()
+            mine = xxhash.xxh3_64(raw_bytes(box_of(value, each).contiguous())).digest()
             assert mine == digest, f"{each.name} has other values than the server"
         assert at == len(payload), "an answer has what was asked for, and no more"
         return header.version, result

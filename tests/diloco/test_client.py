@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import pytest
+import torch
 
 from forgather.diloco.address import ServerAddress
 from forgather.diloco.client import Client, UnknownWorkerError, UnreachableError
@@ -22,6 +23,7 @@ from forgather.diloco.messages import (
     WantValues,
     pack_header,
 )
+from forgather.diloco.payload import Payload
 from forgather.errors import DistributedError, ForgatherError
 
 TOKEN = "a-token-that-is-not-to-be-seen"
@@ -75,9 +77,10 @@ def client(address: ServerAddress, **others) -> Client:
     return Client(address, "alpha", KEY, **others)
 
 
-def contribution(payload: bytes) -> tuple[Identity, Contribution, memoryview]:
-    header = Contribution(Version(0, "a"), "values", "fp32", [Slice("w", (0,), (2,))], "digest")
-    return Identity("alpha", 3, 1, 2), header, memoryview(payload)
+def contribution(payload: bytes) -> tuple[Identity, Contribution, Payload]:
+    header = Contribution(Version(0, "a"), "values", "fp32", [Slice("w", (0,), (2,))])
+    whole = Payload.whole(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+    return Identity("alpha", 3, 1, 2), header, whole
 
 
 def test_a_contribution_is_put_under_its_identity_with_token_and_key():
@@ -146,7 +149,7 @@ WANT = WantValues([Slice("w", (0,), (2,))], 1, wait_s=0.1)
 
 
 def values(payload: bytes) -> bytes:
-    header = Values(Version(1, "b"), "values", "fp32", ["digest"], 1)
+    header = Values(Version(1, "b"), "values", "fp32", 1)
     return pack_header(header.to_json()) + payload
 
 

@@ -48,6 +48,23 @@ def test_what_decodes_and_what_is_left_are_what_was_given(name, numel):
 
 
 @pytest.mark.parametrize("name", CODEC_NAMES)
+@pytest.mark.parametrize("numel", SIZES)
+def test_a_difference_in_parts_is_encoded_as_the_whole_of_it(name, numel):
+    of, values, minus = codec(name), draw(numel), draw(numel, seed=1)
+    residual, in_parts = draw(numel, seed=2), draw(numel, seed=2)
+    expected = encode(of, values - minus, residual)
+    found = torch.full_like(expected, 0xA5)
+    cut = numel // 2 // BLOCK * BLOCK
+    for start, stop in ((cut, numel), (0, cut)):
+        part = slice(start, stop)
+        of.encode_part(values[part], found, numel, start, in_parts[part], minus=minus[part])
+    assert torch.equal(found, expected)
+    assert torch.equal(in_parts, residual)
+    of.encode(values, found, minus=minus)
+    assert torch.equal(found, encode(of, values - minus))
+
+
+@pytest.mark.parametrize("name", CODEC_NAMES)
 def test_sizes_are_multiples_of_eight_and_as_small_as_they_say(name):
     of = codec(name)
     assert all(of.encoded_bytes(numel) % 8 == 0 for numel in range(1000))

@@ -67,6 +67,30 @@ def test_while_the_next_change_is_made_the_values_can_be_sent_and_the_change_not
     assert values.answer(WantValues(ALL, 0, START)).ranges is None
 
 
+def test_a_change_can_be_sent_while_the_published_values_still_move_to_what_it_leads_to() -> None:
+    values = advanced(fragment("bf16"))
+    before, second = values.version, Version(2, "second")
+    values.begin()
+    want = WantValues(ALL, 2, before)
+    assert not values.can_answer(want)
+    assert values.change is not None
+    values.change.codec.encode(torch.ones(1_000_000), values.change.of("w"))
+    values.is_made(second)
+    values.move_begins()
+    assert values.can_answer(want)
+    assert not values.can_answer(WantValues(ALL, 2, before, counted=1))  # who has counted is known when it is published
+    for have in (None, START):
+        assert not values.can_answer(WantValues(ALL, 1, have))
+    answer = values.answer(want)
+    assert (answer.version, answer.ranges is None) == (second, False)
+    values.move()
+    values.moved(second, before)
+    assert sum(map(len, answer.blocks())) == answer.num_bytes
+    assert values.can_answer(WantValues(ALL, 2, None))
+    values.begin()
+    assert not answer.is_current
+
+
 def test_digests_are_of_the_values_as_they_are() -> None:
     values = fragment("bf16")
     before = values.digest(ALL[0])

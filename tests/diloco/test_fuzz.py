@@ -10,7 +10,7 @@ import torch
 
 from forgather.diloco.messages import pack_header
 from tests.diloco.running_server import RunningServer, running_server, settings_of
-from tests.diloco.speaking import Speaker, ask
+from tests.diloco.speaking import Speaker, ask, body_of
 from tests.diloco.test_server import HELD, come, put_head, values
 
 NUM_MESSAGES = 300
@@ -67,7 +67,7 @@ def test_contributions_that_are_none(tmp_path: Path) -> None:
         worker = come(server, "a")[0]
         header, payload = worker.message(values(1), parts=2)
         said = header.to_json()
-        good = pack_header(said) + payload
+        good = body_of(header, payload)
         seen = set()
         for number in range(NUM_MESSAGES):
             other = strange(generator, said)

@@ -5,6 +5,7 @@ from torch import nn
 
 from forgather.diloco.local_fragment import LocalFragment, Part
 from forgather.diloco.messages import Contribution, Identity, Version
+from forgather.diloco.payload import Payload
 from forgather.diloco.slices import Holdings
 
 
@@ -15,8 +16,8 @@ def fragment() -> LocalFragment:
 
 
 def part(round: int) -> Part:
-    header = Contribution(Version(round, ""), "differences", "fp32", [], "")
-    return Part(Identity("a", round, 0), header, torch.zeros(0, dtype=torch.uint8))
+    header = Contribution(Version(round, ""), "differences", "fp32", [])
+    return Part(Identity("a", round, 0), header, Payload.whole(torch.zeros(0, dtype=torch.uint8)))
 
 
 def test_a_contribution_is_kept_until_a_version_that_has_it_is_durable_whichever_number_its_round_had() -> None:

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from forgather.checkpoint.store import CheckpointStore
 from forgather.diloco.combine import Guard
-from forgather.diloco.messages import Slice, Version, WantValues, pack_header
+from forgather.diloco.messages import Slice, Version, WantValues
 from forgather.diloco.outer import DelayedNesterov, Nesterov
 from forgather.errors import ConfigError
 from tests.diloco.running_server import RunningServer, running_server, settings_of
-from tests.diloco.speaking import NO_VERSION, Reply, Speaker, ask, whole
+from tests.diloco.speaking import NO_VERSION, Reply, Speaker, ask, body_of, whole
 
 SHAPES = {"a.weight": (64, 48), "a.bias": (48,), "b.weight": (10, 30)}
 
@@ -208,7 +208,7 @@ def test_a_torn_body_leaves_nothing(tmp_path: Path) -> None:
     with running_server(tmp_path, values(0)) as server:
         worker = come(server, "a")[0]
         header, payload = worker.message(values(1))
-        body = pack_header(header.to_json()) + payload
+        body = body_of(header, payload)
         for sent in (2, 100, len(body) - 1):
             with socket.create_connection((server.host, server.port)) as connection:
                 connection.sendall(put_head(worker, len(body)) + body[:sent])
@@ -228,7 +228,7 @@ def test_a_client_that_never_finishes_is_cut_and_others_go_on(tmp_path: Path) ->
     with running_server(tmp_path, values(0), serve={"idle_s": 0.2}) as server:
         worker = come(server, "a")[0]
         header, payload = worker.message(values(1))
-        body = pack_header(header.to_json()) + payload
+        body = body_of(header, payload)
         with socket.create_connection((server.host, server.port), timeout=10) as connection:
             connection.sendall(put_head(worker, len(body)) + body[:-10])
             until(lambda: server.status()["spool"]["memory_bytes"] > 0)
@@ -241,7 +241,7 @@ def test_whoever_sends_a_part_again_is_not_kept_waiting_by_its_old_connection(tm
     with running_server(tmp_path, values(0)) as server:
         worker = come(server, "a")[0]
         header, payload = worker.message(values(1))
-        body = pack_header(header.to_json()) + payload
+        body = body_of(header, payload)
         with socket.create_connection((server.host, server.port), timeout=10) as connection:
             connection.sendall(put_head(worker, len(body)) + body[:-10])
             until(lambda: server.status()["spool"]["memory_bytes"] > 0)
@@ -256,7 +256,7 @@ def test_what_is_no_contribution_is_refused_with_what_to_do(tmp_path: Path) -> N
     with running_server(tmp_path, values(0)) as server:
         worker = come(server, "a")[0]
         header, payload = worker.message(values(1))
-        good = pack_header(header.to_json()) + payload
+        good = body_of(header, payload)
         path = "/v1/contributions/a/0/0/0"
         cases = [
             (path, good[:-8], 422, "the payload has"),
@@ -365,9 +365,9 @@ def test_heartbeats_and_status_are_answered_while_an_outer_step_is_made(tmp_path
     go_on = threading.Event()
 
     class Slow(Nesterov):
-        def step(self, name: str, master: Tensor, mean: Tensor) -> None:
+        def step(self, name: str, master: Tensor, mean: Tensor, start: int = 0) -> None:
             assert go_on.wait(20)
-            super().step(name, master, mean)
+            super().step(name, master, mean, start)
 
     with running_server(tmp_path, one(0.0), outer=Slow(1.0, 0.0), num_workers=2) as server:
         a, b = come(server, "a", "b")
@@ -478,9 +478,9 @@ def test_a_drained_server_counts_what_has_come_before_it_ends(tmp_path: Path, mo
     go_on = threading.Event()
 
     class Slow(Nesterov):
-        def step(self, name: str, master: Tensor, mean: Tensor) -> None:
+        def step(self, name: str, master: Tensor, mean: Tensor, start: int = 0) -> None:
             assert go_on.wait(20)
-            super().step(name, master, mean)
+            super().step(name, master, mean, start)
 
     settings = settings_of(one(0.0), mode="async")
     with running_server(tmp_path, one(0.0), settings, Slow(1.0, 0.0), num_workers=3) as server:

@@ -1,6 +1,5 @@
 """One failure is one message, whoever started the ranks; and ranks never outlive their launcher."""
 
-import multiprocessing
 import os
 import re
 import signal
@@ -12,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.ranks import FORKSERVER
+
 HOST = socket.gethostname()
-_FORKSERVER = multiprocessing.get_context("forkserver")
-_FORKSERVER.set_forkserver_preload(["forgather.distributed.launcher"])  # torch is imported once, not once a test
 
 
 def _in_child(what: str, folder: Path, processes: int, plain: bool, extra: list[str]) -> None:
@@ -45,7 +44,7 @@ class Launched:
 
     def __init__(self, what: str, folder: Path, *, processes: int = 2, plain: bool = False, extra=()) -> None:
         self.folder = folder
-        self.process = _FORKSERVER.Process(target=_in_child, args=(what, folder, processes, plain, list(extra)))
+        self.process = FORKSERVER.Process(target=_in_child, args=(what, folder, processes, plain, list(extra)))
         self.process.start()
 
     def end(self) -> int:
