@@ -256,6 +256,9 @@ async def _values(request: web.Request) -> web.StreamResponse:
     try:
         with answer.values.downloads.sending(worker or "", answer.slices, is_change=answer.ranges is not None):
             for block in answer.blocks():
+                if block is None:
+                    await coordinator.change_goes_on(answer)
+                    continue
                 async with asyncio.timeout(idle_s):
                     await response.write(block)
                 coordinator.bytes_down += len(block)

@@ -4,13 +4,12 @@
     outer.step(name, master, mean)
     change = codec(master - published)                      what it loses stays in master - published
 
-It walks through one parameter after the other, and does all of this with a piece of it while that is in a core's cache,
-four times as fast as with whole parameters. Where an outer optimizer wants these, or a contribution has boxes with gaps
-between their rows, the mean is made of a whole parameter. Sums are made in the order of the workers' names.
+It walks through one parameter after the other, and in each through pieces of a MiB, so beside the held contributions it
+needs memory for one parameter. Sums are made in the order of the workers' names.
 """
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -19,7 +18,7 @@ import xxhash
 from torch import Tensor
 
 from forgather.diloco.codec import Codec, codec
-from forgather.diloco.contribution import Held, Part
+from forgather.diloco.contribution import Held
 from forgather.diloco.pieces import PIECE, box_of, pieces
 from forgather.errors import ConfigError
 
@@ -29,12 +28,8 @@ NormGuard = Literal["off", "clip", "refuse"]
 class Outer(Protocol):
     """The outer optimizer, one parameter at a time."""
 
-    @property
-    def is_elementwise(self) -> bool:
-        """Whether it can be given a part of the mean."""
-
-    def step(self, name: str, master: Tensor, mean: Tensor, start: int = 0) -> None:
-        """Move `master` in place, from element `start` on where `mean` is of a part; `mean` may be overwritten."""
+    def step(self, name: str, master: Tensor, mean: Tensor) -> None:
+        """Move `master` in place; `mean` may be overwritten."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +96,7 @@ class Change:
         lengths = {name: self.codec.encoded_bytes(numel) for name, numel in self.numels.items()}
         self.data = torch.zeros(sum(lengths.values()), dtype=torch.uint8)
         self._runs: dict[str, Tensor] = {}
+        self._made = set(shapes)  # whose change is there
         at = 0
         for name, length in lengths.items():
             self._runs[name] = self.data[at : at + length]
@@ -109,6 +105,19 @@ class Change:
     def of(self, name: str) -> Tensor:
         """The encoded change of a parameter."""
         return self._runs[name]
+
+    def begin(self) -> None:
+        """It is about to be made anew."""
+        self._made.clear()
+
+    def put(self, name: str, master: Tensor, published: Tensor) -> None:
+        """Encode the change of a parameter."""
+        self.codec.encode(master.view(-1), self.of(name), minus=published.view(-1))
+        self._made.add(name)
+
+    def has(self, name: str) -> bool:
+        """Whether that of a parameter is there."""
+        return name in self._made
 
     @torch.no_grad()
     def apply(self, published: Mapping[str, Tensor]) -> None:
@@ -130,93 +139,54 @@ def combine(
     change: Change | None,
     *,
     damping: float = 1.0,
+    made: Callable[[], object] = lambda: None,
 ) -> None:
     """One outer step on the fragment's `master`; `change` then has what the published values are to be changed by.
 
     Without a change (fp32) the published values are to be the master's. `damping` is the weight of what is stale.
+    `made` is called when a parameter's change is there.
     """
-    decoded = torch.empty(PIECE)
+    room = torch.empty(PIECE)
+    largest = torch.empty(max((values.numel() for values in master.values()), default=0))
     for name, values in master.items():
-        sources = [_Source(share, damping, name, values) for share in taken]
-        is_in_pieces = outer.is_elementwise and all(source.is_in_rows for source in sources)
-        length = min(PIECE, values.numel()) if is_in_pieces else values.numel()
-        room = torch.empty(length)
-        flat, known = values.view(-1), published[name].view(-1)
-        for start in range(0, values.numel(), max(1, length)):
-            value, before = flat[start : start + length], known[start : start + length]
-            mean = room[: value.numel()]
-            _mean(mean, start, sources, value, before, decoded, is_exact=change is None)
-            outer.step(name, values, mean if is_in_pieces else mean.view_as(values), start)
-            if change is not None:
-                change.codec.encode_part(value, change.of(name), values.numel(), start, minus=before)
-        for source in sources:
-            source.forget()
-
-
-class _Source:
-    """What one contribution has of the parameter `name`, whose master values are `values`."""
-
-    def __init__(self, share: Share, damping: float, name: str, values: Tensor) -> None:
-        self.weight = share.weight * share.scale * damping
-        self.is_values = share.held.header.content == "values"
-        self._shape = values.shape
-        self._slices: list[tuple[Part, int, int | None]] = []  # and its first element, where it has no gaps
-        for part, number in share.held.by_name.get(name, ()):
-            box = box_of(values, part.header.slices[number])
-            if box.numel():
-                is_in_rows = box.is_contiguous()
-                first = int(box.storage_offset() - values.storage_offset()) if is_in_rows else None
-                self._slices.append((part, number, first))
-
-    @property
-    def is_in_rows(self) -> bool:
-        """Whether each of its slices is one stretch of the parameter's elements."""
-        return all(first is not None for _, _, first in self._slices)
-
-    def decoded(self, mean: Tensor, start: int, room: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each of its elements that belong to `mean`, which has those from `start` on: their place, and their values.
-
-        The values are in `room`, until the next are asked for.
-        """
-        for part, number, first in self._slices:
-            each, decoder = part.header.slices[number], codec(part.header.codec)
-            if first is None:
-                box, at = box_of(mean.view(self._shape), each), 0
-            else:
-                low, high = max(start, first), min(start + mean.numel(), first + each.numel)
-                box, at = mean[low - start : max(low, high) - start], low - first
-            encoded = part.encoded(number)
-            for offset, target in pieces(box, PIECE):
-                piece = room[: target.numel()]
-                decoder.decode(encoded, each.numel, piece, at + offset)
-                yield target, piece.view(target.shape)
-
-    def forget(self) -> None:
-        """It is not looked at again for a while."""
-        for part, number, _ in self._slices:
-            part.forget(number)
+        mean = largest[: values.numel()].view_as(values)
+        _mean(mean, name, taken, values, published[name], damping, room, is_exact=change is None)
+        outer.step(name, values, mean)
+        if change is not None:
+            change.put(name, values, published[name])
+            made()
 
 
 def _mean(
     mean: Tensor,
-    start: int,
-    sources: Sequence[_Source],
+    name: str,
+    taken: Sequence[Share],
     master: Tensor,
     published: Tensor,
+    damping: float,
     room: Tensor,
     *,
     is_exact: bool,
 ) -> None:
-    """Make the mean of the elements from `start` on, of which these are the master and the published values."""
+    is_first = True
     from_values = 0.0  # how much of the mean is in it as values, not as what is to be taken from the master's
-    for source in sources:
-        from_values += source.weight if source.is_values else 0.0
-        signed = source.weight if source.is_values else -source.weight
-        for target, piece in source.decoded(mean, start, room):
-            if source is sources[0]:
-                torch.mul(piece, signed, out=target)
-            else:
-                target.add_(piece, alpha=signed)
+    for share in taken:
+        weight = share.weight * share.scale * damping
+        is_values = share.held.header.content == "values"
+        from_values += weight if is_values else 0.0
+        for part, number in share.held.by_name.get(name, ()):
+            each = part.header.slices[number]
+            encoded, decoder = part.encoded(number), codec(part.header.codec)
+            for start, target in pieces(box_of(mean, each)):
+                piece = room[: target.numel()]
+                decoder.decode(encoded, each.numel, piece, start)
+                signed = weight if is_values else -weight
+                if is_first:
+                    torch.mul(piece.view(target.shape), signed, out=target)
+                else:
+                    target.add_(piece.view(target.shape), alpha=signed)
+            part.forget(number)
+        is_first = False
     if is_exact:
         # The published values are the master's. What is there as values needs no base: one alone stays what it is.
         if abs(from_values - 1.0) > 1e-9:

@@ -49,7 +49,7 @@ from forgather.diloco.server_status import server_status
 from forgather.diloco.spool import Spool
 from forgather.errors import CheckpointError
 
-DIGEST_WAIT_S = 600.0  # for the published values to move, which takes as long as copying them
+STEP_WAIT_S = 600.0  # for the outer step on a parameter, or on all of them, and for the published values to move
 _TICK_S = 0.25
 # What must agree, and what makes it so.
 _SAME = {
@@ -238,11 +238,16 @@ class Coordinator:
 
         return there.answer(want) if await self.until(is_there, want.wait_s) else None
 
+    async def change_goes_on(self, answer: Answer) -> None:
+        """Return when more of a change was made. ChangedError when that is too late, or the server ends."""
+        if not await self.until(answer.has_more, STEP_WAIT_S):
+            raise ChangedError
+
     async def digests(self, answer: Answer) -> list[bytes]:
         """Those of the values that an answer leads to, once they are there; ChangedError when others are by then."""
         there = answer.values
-        await self.until(lambda: not (answer.is_current and there.is_moving), DIGEST_WAIT_S)
-        if answer.is_current and not there.is_moving and there.version == answer.version:
+        await self.until(lambda: not (answer.is_current and there.coming == answer.version), STEP_WAIT_S)
+        if answer.is_current and there.version == answer.version:
             loop = asyncio.get_running_loop()
             digests = await loop.run_in_executor(self._threads, lambda: [there.digest(each) for each in answer.slices])
             if answer.is_current:

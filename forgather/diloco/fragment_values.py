@@ -38,7 +38,7 @@ class FragmentValues:
         self.change = None if download == "fp32" else Change(self.shapes, download)
         self.changed_from: Version | None = None  # what the change leads from
         self.version = version  # of the published values
-        self.coming: Version | None = None  # the next one, whose change is there while the published values still move
+        self.coming: Version | None = None  # the next one, while what leads to it is made
         self.durable = version.number
         self.generation = 0  # of the published values
         self.change_generation = 0
@@ -59,9 +59,11 @@ class FragmentValues:
         """The master values, and the change, are about to be of the next version."""
         self.changed_from = None
         self.change_generation += 1
+        if self.change is not None:
+            self.change.begin()
 
-    def is_made(self, version: Version) -> None:
-        """What leads to the next version is there: a change can be sent while the published values still move."""
+    def is_certain(self, version: Version) -> None:
+        """Nothing keeps the next version from being this one: its change can be sent while it is made."""
         if self.change is not None:
             self.changed_from, self.coming = self.version, version
 
@@ -131,6 +133,7 @@ class Answer:
     head: bytes
     slices: Sequence[Slice]
     ranges: Sequence[Sequence[tuple[int, int]]] | None  # of a change: which of each parameter's elements cover a slice
+    awaited: str | None = None  # the parameter whose change is next, and still to be made
 
     @property
     def num_bytes(self) -> int:
@@ -142,9 +145,10 @@ class Answer:
             encoder.encoded_bytes(stop - start) for ranges in self.ranges for start, stop in ranges
         )
 
-    def blocks(self) -> Iterator[memoryview | bytes]:
+    def blocks(self) -> Iterator[memoryview | bytes | None]:
         """The body, some 100 KiB at a time, as views of the values. ChangedError when these have changed meanwhile.
 
+        None where the next is still to be made: once something was made, or given up, the next is to be asked for.
         A view that is not sent at once may change under whoever sends it: then its answer is broken off, or it was the
         last one and the digest tells.
         """
@@ -152,6 +156,12 @@ class Answer:
         for view in self._views():
             if not self.is_current:
                 raise ChangedError
+            if view is None:
+                if batch:
+                    yield bytes(batch)
+                    batch.clear()
+                yield None
+                continue
             is_large = view.nbytes >= _BATCH_BYTES // 2
             if batch and (is_large or len(batch) >= _BATCH_BYTES):
                 yield bytes(batch)
@@ -165,13 +175,17 @@ class Answer:
         if batch:
             yield bytes(batch)
 
+    def has_more(self) -> bool:
+        """Whether there is something now where the blocks had None, be it that it is not to be sent any more."""
+        return not self.is_current or self.awaited is None or self._change.has(self.awaited)
+
     @property
     def is_current(self) -> bool:
         """Whether what it is made of is still what it was."""
         published, change = self.values.generations
-        return self.generations[0] == published and (self.ranges is None or self.generations[1] == change)
+        return self.generations[0] == published if self.ranges is None else self.generations[1] == change
 
-    def _views(self) -> Iterator[memoryview]:
+    def _views(self) -> Iterator[memoryview | None]:
         if self.ranges is None:
             for each in self.slices:
                 for _, piece in pieces(box_of(self.values.published[each.name], each), _BATCH_BYTES // 4):
@@ -179,6 +193,9 @@ class Answer:
             return
         encoder = self._change.codec
         for each, ranges in zip(self.slices, self.ranges, strict=True):
+            while not self._change.has(each.name):
+                self.awaited = each.name
+                yield None
             encoded, numel = self._change.of(each.name), self._change.numels[each.name]
             for start, stop in ranges:
                 for part in encoder.parts(encoded, numel, start, stop):

@@ -1,7 +1,6 @@
 """The outer optimizer: moves a master value by the mean of what the workers have made of it.
 
     outer.step(name, master, mean)   # master moves, in place, by the gradient master - mean
-    outer.step(name, master, mean, start)   # of an elementwise one: its elements from `start` on, as many as mean has
 
 `mean` is the weighted mean of the workers' local values. Ours with learning rate 1 and no momentum makes the master the
 mean, bit for bit, so one worker then trains as it would alone.
@@ -25,16 +24,8 @@ class Outer(Protocol):
     def require_parameters(self, parameters: Mapping[str, Sequence[int]]) -> None:
         """ConfigError if it cannot step parameters of these shapes."""
 
-    @property
-    def is_elementwise(self) -> bool:
-        """Whether it can step a parameter piece by piece, each while its numbers are in a core's cache."""
-
-    def step(self, name: str, master: Tensor, mean: Tensor, start: int = 0) -> None:
-        """Move `master` (fp32, contiguous) in place; `mean`, of its shape, may be overwritten.
-
-        An elementwise one may be given the `mean` of some elements: `start` and those behind it, in row-major order. A
-        step is then all of a parameter's pieces, in that order.
-        """
+    def step(self, name: str, master: Tensor, mean: Tensor) -> None:
+        """Move `master` (fp32, contiguous) in place; `mean`, of its shape, may be overwritten."""
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The state itself, no copy of it."""
@@ -62,23 +53,21 @@ class Nesterov:
         self.lr = lr
         self.momentum = momentum
         self.nesterov = nesterov
-        self.is_elementwise = True
         self._momenta: dict[str, Tensor] = {}
 
     def require_parameters(self, parameters: Mapping[str, Sequence[int]]) -> None:
         """Any will do."""
 
     @torch.no_grad()
-    def step(self, name: str, master: Tensor, mean: Tensor, start: int = 0) -> None:
+    def step(self, name: str, master: Tensor, mean: Tensor) -> None:
         if self.momentum == 0:
             self._momenta.pop(name, None)  # it had one, which is not to come back
-            for value, target in _pieces(start, mean, master):
-                _move_towards(value, target, self.lr)
+            _move_towards(master, mean, self.lr)
             return
         if name not in self._momenta:
             self._momenta[name] = torch.zeros_like(master)
-        room = torch.empty(min(_PIECE, mean.numel()))
-        for value, momentum, target in _pieces(start, mean, master, self._momenta[name]):
+        room = torch.empty(min(_PIECE, master.numel()))
+        for value, target, momentum in _pieces(master, mean, self._momenta[name]):
             gradient = torch.sub(value, target, out=room[: value.numel()])
             _move_towards(value, target, self.lr)
             momentum.mul_(self.momentum)
@@ -123,7 +112,6 @@ class DelayedNesterov:
         self.lr = lr
         self.momentum = momentum
         self.every = every
-        self.is_elementwise = True
         self._momenta: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
         self._arrivals: dict[str, Tensor] = {}  # since the momentum was used last; as tensors, which are saved
@@ -132,24 +120,22 @@ class DelayedNesterov:
         """Any will do."""
 
     @torch.no_grad()
-    def step(self, name: str, master: Tensor, mean: Tensor, start: int = 0) -> None:
+    def step(self, name: str, master: Tensor, mean: Tensor) -> None:
         if name not in self._momenta:
             self._momenta[name] = torch.zeros_like(master)
             self._sums[name] = torch.zeros_like(master)
             self._arrivals[name] = torch.zeros((), dtype=torch.int64)
-        arrivals = self._arrivals[name]
-        if start == 0:
-            arrivals.add_(1)
+        arrivals = self._arrivals[name].add_(1)
         is_full = bool(arrivals == self.every)
-        room = torch.empty(min(_PIECE, mean.numel()))
-        for value, momentum, total, target in _pieces(start, mean, master, self._momenta[name], self._sums[name]):
+        room = torch.empty(min(_PIECE, master.numel()))
+        for value, target, momentum, total in _pieces(master, mean, self._momenta[name], self._sums[name]):
             total.add_(torch.sub(value, target, out=room[: value.numel()]))
             _move_towards(value, target, self.lr / self.every)
             if is_full:
                 momentum.mul_(self.momentum).add_(total, alpha=1 / self.every)
                 value.sub_(momentum, alpha=self.lr * self.momentum)
                 total.zero_()
-        if is_full and start + mean.numel() == master.numel():
+        if is_full:
             arrivals.zero_()
 
     def state_tensors(self) -> dict[str, Tensor]:
@@ -177,7 +163,6 @@ class TorchOuter:
     def __init__(self, optimizer: str | type[torch.optim.Optimizer], **arguments: Any) -> None:
         self.optimizer = _found(optimizer) if isinstance(optimizer, str) else optimizer
         self.arguments = arguments
-        self.is_elementwise = False  # as far as is known
         self._states: dict[str, dict[str, Tensor]] = {}
         self.num_states = 0
         self._try_it()
@@ -205,8 +190,7 @@ class TorchOuter:
                     fix="an optimizer for all shapes, as torch.optim.SGD is",
                 ) from error
 
-    def step(self, name: str, master: Tensor, mean: Tensor, start: int = 0) -> None:
-        assert start == 0 and mean.shape == master.shape, "it steps whole tensors"  # noqa: PT018
+    def step(self, name: str, master: Tensor, mean: Tensor) -> None:
         parameter = nn.Parameter(master)
         parameter.grad = torch.sub(master, mean, out=mean)
         optimizer = self.optimizer([parameter], **self.arguments)
@@ -248,10 +232,10 @@ def _move_towards(value: Tensor, target: Tensor, weight: float) -> None:
         value.lerp_(target, weight)
 
 
-def _pieces(start: int, mean: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same stretch of each tensor from `start` on, and of the mean, one after another; they are views."""
-    rows = [tensor.view(-1)[start : start + mean.numel()] for tensor in tensors]
-    yield from zip(*(torch.split(row, _PIECE) for row in (*rows, mean.view(-1))), strict=True)
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same stretch of each, one after another; they are views."""
+    rows = [tensor.view(-1) for tensor in tensors]
+    yield from zip(*(torch.split(row, _PIECE) for row in rows), strict=True)
 
 
 def _by_kind(tensors: Mapping[str, Tensor], kinds: Sequence[str], optimizer: str) -> dict[str, dict[str, Tensor]]:

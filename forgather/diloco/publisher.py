@@ -1,8 +1,10 @@
-"""Makes versions: outer step, journal, publish, save. One after the other, and nothing half done is ever seen.
+"""Makes versions: journal, outer step, publish, save. One after the other, and nobody takes in what is half done.
 
-    combine       master values and change, in the outer thread; the published values are still the old ones
-    journal       a line that says whose contributions made it: with them, and they are kept, it can be made again
-    move          the published values become the new ones; whoever was reading is to ask again
+    journal       a line that says whose contributions make it: with them, and they are kept, it can be made again
+    combine       master values and change, in the outer thread; the published values are still the old ones, and the
+                  change of a parameter can be sent as soon as it is there
+    move          the published values become the new ones; whoever was reading those is to ask again. Their digests
+                  are the last that a worker gets, and without them it takes in nothing
     save          every so many versions, while workers fetch the values and train on; the next outer step waits for it
 
 So nobody waits for a model's worth of bytes to reach a disk. A version is *durable* when it is saved, and until then
@@ -14,7 +16,7 @@ the next, from the contributions that the workers have kept.
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol, cast
@@ -47,10 +49,7 @@ class OuterOptimizer(OuterState, Protocol):
 
     def require_parameters(self, parameters: Mapping[str, Sequence[int]]) -> None: ...
 
-    @property
-    def is_elementwise(self) -> bool: ...
-
-    def step(self, name: str, master: Tensor, mean: Tensor, start: int = 0) -> None: ...
+    def step(self, name: str, master: Tensor, mean: Tensor) -> None: ...
 
     @property
     def num_states(self) -> int: ...
@@ -87,7 +86,7 @@ class Publisher:
         document: Callable[[], dict[str, Any]],
         require_document: Callable[[Mapping[str, Any]], None],
         accept_document: Callable[[Mapping[str, Any]], None],
-        tell: Callable[[], Awaitable[None]],
+        tell: Callable[[], Coroutine[Any, Any, None]],
         until: Callable[[Callable[[], bool], float], Awaitable[bool]],
         stopped: asyncio.Event,
     ) -> None:
@@ -174,27 +173,35 @@ class Publisher:
         return True
 
     async def _close_round(self, fragment: int, contributors: Sequence[tuple[str, int]]) -> None:
-        began = time.perf_counter()
+        began, loop = time.perf_counter(), asyncio.get_running_loop()
         helds = [self._intake.held(fragment, *each) for each in contributors]
         self._rounds.close(fragment, contributors)
         there, before = self._fragments[fragment], self._fragments[fragment].version
         opened_at = self._rounds.rounds[fragment].opened_at
         await self._slow_ones(fragment, changes=True)
-        there.begin()
         taken = shares(helds, self._guard)
+        version = Version(before.number + 1, lineage(before.lineage, taken))
         damping = 1.0
         if self._rounds.mode == "async":
             damping = self._staleness(max(0, before.number - helds[0].header.base.number))
         self.rates.apply()
-        with self._rates_of(fragment, before.number + 1, contributors) as rates:
+        with self._rates_of(fragment, version.number, contributors) as rates:
+            made = Made(contributors, dict(rates))
+            await self._retried(lambda: self._in_thread(lambda: self._journal.add(fragment, version, made)))
+            there.begin()
+            there.is_certain(version)
+            await self._tell()
             await self._in_thread(
-                lambda: combine(taken, there.master, there.published, self._outer, there.change, damping=damping)
+                lambda: combine(
+                    taken,
+                    there.master,
+                    there.published,
+                    self._outer,
+                    there.change,
+                    damping=damping,
+                    made=lambda: asyncio.run_coroutine_threadsafe(self._tell(), loop),
+                )
             )
-        version = Version(before.number + 1, lineage(before.lineage, taken))
-        made = Made(contributors, rates)
-        await self._retried(lambda: self._in_thread(lambda: self._journal.add(fragment, version, made)))
-        there.is_made(version)
-        await self._tell()
         await self._slow_ones(fragment, changes=False)
         there.move_begins()
         await self._in_thread(there.move)

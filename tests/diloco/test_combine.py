@@ -190,32 +190,6 @@ def test_what_a_change_loses_is_in_the_next_ones(download: str) -> None:
     assert lost > 0
 
 
-@pytest.mark.parametrize("download", ["bf16", "int8", "int4"])
-def test_pieces_have_the_bits_of_whole_parameters(download: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the slices of a contribution begin and end within a piece, and the last piece is not whole."""
-    monkeypatch.setattr("forgather.diloco.combine.PIECE", 256)
-
-    class Whole(Nesterov):
-        def __init__(self) -> None:
-            super().__init__()
-            self.is_elementwise = False
-
-    shapes = {"w": (50, 23), "b": (7,)}
-    rows = [Slice("w", (0, 0), (19, 23)), Slice("w", (19, 0), (31, 23)), Slice("b", (0,), (7,))]
-    results = []
-    for outer in (Nesterov(), Whole()):
-        master, published, change = values(0, shapes), values(1, shapes), Change(shapes, download)
-        for seed in (2, 4):
-            helds = [
-                held("a", part(values(seed, shapes), rows)),
-                held("b", part(values(seed + 1, shapes), whole(shapes))),
-            ]
-            combine(shares(helds, Guard()), master, published, outer, change)
-        results.append({**master, **outer.state_tensors(), "change": change.data})
-    for name, expected in results[1].items():
-        assert torch.equal(results[0][name], expected), name
-
-
 @pytest.mark.parametrize("content", ["values", "differences"])
 def test_a_step_is_made_on_the_master_by_how_far_workers_came_from_what_was_published(content: str) -> None:
     """The master has moved a little further than what was published, and keeps that."""

@@ -69,26 +69,6 @@ def test_delayed_nesterov_with_one_arrival_is_nesterov():
     assert delayed == pytest.approx(plain, rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    "outer",
-    [Nesterov, lambda: Nesterov(0.7, 0.0), lambda: DelayedNesterov(every=2)],
-    ids=["nesterov", "none", "delayed"],
-)
-def test_a_step_in_pieces_is_the_step(outer):
-    whole, in_pieces = outer(), outer()
-    drawn = torch.Generator().manual_seed(0)
-    ours = torch.randn(7, 5, generator=drawn)
-    theirs = ours.clone()
-    for _ in range(3):
-        mean = torch.randn(7, 5, generator=drawn)
-        whole.step("w", theirs, mean.clone())
-        for start, stop in ((0, 8), (8, 30), (30, 35)):
-            in_pieces.step("w", ours, mean.view(-1)[start:stop].clone(), start)
-        assert torch.equal(ours, theirs)
-    for name, state in whole.state_tensors().items():
-        assert torch.equal(state, in_pieces.state_tensors()[name])
-
-
 def test_staleness_weights_by_hand():
     assert [staleness_weight(staleness) for staleness in (0, 3, 8, 15)] == pytest.approx([1.0, 0.5, 1 / 3, 0.25])
     with pytest.raises(AssertionError, match="still to come"):

@@ -365,9 +365,9 @@ def test_heartbeats_and_status_are_answered_while_an_outer_step_is_made(tmp_path
     go_on = threading.Event()
 
     class Slow(Nesterov):
-        def step(self, name: str, master: Tensor, mean: Tensor, start: int = 0) -> None:
+        def step(self, name: str, master: Tensor, mean: Tensor) -> None:
             assert go_on.wait(20)
-            super().step(name, master, mean, start)
+            super().step(name, master, mean)
 
     with running_server(tmp_path, one(0.0), outer=Slow(1.0, 0.0), num_workers=2) as server:
         a, b = come(server, "a", "b")
@@ -478,9 +478,9 @@ def test_a_drained_server_counts_what_has_come_before_it_ends(tmp_path: Path, mo
     go_on = threading.Event()
 
     class Slow(Nesterov):
-        def step(self, name: str, master: Tensor, mean: Tensor, start: int = 0) -> None:
+        def step(self, name: str, master: Tensor, mean: Tensor) -> None:
             assert go_on.wait(20)
-            super().step(name, master, mean, start)
+            super().step(name, master, mean)
 
     settings = settings_of(one(0.0), mode="async")
     with running_server(tmp_path, one(0.0), settings, Slow(1.0, 0.0), num_workers=3) as server:

@@ -132,9 +132,9 @@ def killed_at(moment: str, folder: Path, copy: Path, monkeypatch: pytest.MonkeyP
     if moment == "before the outer step":
         step = Nesterov.step
 
-        def stepping(self: Nesterov, name: str, master: Tensor, mean: Tensor, start: int = 0) -> None:
+        def stepping(self: Nesterov, name: str, master: Tensor, mean: Tensor) -> None:
             snapshot()
-            step(self, name, master, mean, start)
+            step(self, name, master, mean)
 
         monkeypatch.setattr(Nesterov, "step", stepping)
     elif moment in ("while it saves", "saved"):
