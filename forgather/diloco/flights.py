@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -17,11 +18,15 @@ _REFUSED_TIMES = 10  # as long as for a server that is away, one that cannot tak
 _ALONE_S = 0.5  # a single rank is woken, and looks only for a wish to stop
 
 
+Waiting = Callable[[], AbstractContextManager[None]]  # what the training thread is in while it waits
+
+
 class Flights:
     """The exchanges of a worker by fragment. What waits is collective, and called on the training thread.
 
     One wait for a server that is out of reach is no longer than `patience_s`, and there is none when `is_stopping`, nor
     for values later than `hurry` allows. `failure` is asked for what went wrong elsewhere, to be raised on all ranks.
+    While it waits for values it is within a `waiting()`.
     """
 
     def __init__(
@@ -32,6 +37,7 @@ class Flights:
         patience_s: float,
         is_stopping: Callable[[], bool],
         failure: Callable[[], ForgatherError | None],
+        waiting: Waiting = nullcontext,
         say: Callable[[str], None],
     ) -> None:
         self.under_way: dict[int, Flight] = {}
@@ -46,6 +52,7 @@ class Flights:
         self._until: float | None = None  # when values are not waited for any more
         self._is_stopping = is_stopping
         self._failure = failure
+        self._waiting = waiting
         self._say = say
 
     def add(self, flight: Flight) -> None:
@@ -80,7 +87,8 @@ class Flights:
             if standing.away_ms > self._patience_ms:
                 self._give_up(awaited, is_needed=is_needed)
                 break
-            awaited[0].exchange.wait(_POLL_S if world_size() > 1 else _ALONE_S)
+            with self._waiting():
+                awaited[0].exchange.wait(_POLL_S if world_size() > 1 else _ALONE_S)
         self.waited_s += time.monotonic() - begun
 
     def deliver(self) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from forgather.diloco.farewell import let_server_save, take_leave
-from forgather.diloco.flights import Flights
+from forgather.diloco.flights import Flights, Waiting
 from forgather.diloco.local_fragment import LocalFragment
 from forgather.diloco.membership import Heartbeats, Membership
 from forgather.diloco.messages import Beat, Settings
@@ -31,6 +31,7 @@ class Session:
         *,
         patience_s: float,
         is_stopping: Callable[[], bool],
+        waiting: Waiting,
         say: Callable[[str], None],
         **others: Any,
     ) -> None:
@@ -46,6 +47,7 @@ class Session:
             patience_s=patience_s,
             is_stopping=self.is_told_to_end,
             failure=self._failure,
+            waiting=waiting,
             say=say,
         )
         self.turns = Turns(fragments, schedule, self.flights, membership, settings, **others)

@@ -18,6 +18,7 @@ from forgather.diloco.leased_order import LeasedOrder
 from forgather.diloco.worker import DiLoCo
 from forgather.distributed.mesh import Mesh
 from forgather.errors import ConfigError
+from forgather.metrics.meter import Meter
 
 KEY_NAME = "diloco.key"  # in the run's folder
 
@@ -38,6 +39,7 @@ def build_worker(
     mesh: Mesh,
     data: Loader,
     run: RunFolder,
+    meter: Meter,
     *,
     server: str | None,
     worker: str | None = None,
@@ -84,6 +86,7 @@ def build_worker(
         num_rows=lambda: data.consumed,
         consumed=_consumed(data) if is_leased else None,
         is_stopping=is_stopping,
+        waiting=lambda: meter.doing("exchange"),
         say=run.say,
     )
 

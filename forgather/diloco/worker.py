@@ -15,6 +15,7 @@ It is also a hook of Forgather's trainer, with a state that any mesh takes up.
 
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -25,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from forgather.diloco import joining, worker_state
 from forgather.diloco.address import ServerAddress, server_named
+from forgather.diloco.flights import Waiting
 from forgather.diloco.joining import Introduction, join
 from forgather.diloco.lease_desk import LeaseDesk
 from forgather.diloco.local_fragment import LocalFragment
@@ -73,7 +75,7 @@ class DiLoCo:
 
     New values are waited for without limit as long as the server answers. One that is out of reach for `patience_s` is
     not: training goes on, and what it makes is kept on top of the values when they come. `is_stopping` is asked while
-    waiting: a run that is told to stop does not wait.
+    waiting: a run that is told to stop does not wait. It waits within a `waiting()`, for whoever keeps account of time.
 
     `package`, `tokenizer` and `data` are digests that must be equal on all machines. A `server` in words is spoken to
     with the token and the certificates that the environment names; a `ServerAddress` has its own. `num_rows` and
@@ -97,6 +99,7 @@ class DiLoCo:
         tokenizer: str | None = None,
         data: str | None = None,
         is_stopping: Callable[[], bool] | None = None,
+        waiting: Waiting = nullcontext,
         leases: LeaseDesk | None = None,
         num_rows: Callable[[], int] | None = None,
         consumed: Callable[[int, int], Mapping[str, int]] | None = None,
@@ -117,6 +120,7 @@ class DiLoCo:
         self._digests = {"package": package, "tokenizer": tokenizer, "data": data}
         self._mesh = mesh
         self._is_stopping = is_stopping or (lambda: False)
+        self._waiting = waiting
         self._leases = leases
         self._num_rows = num_rows or (lambda: 0)
         self._consumed = consumed
@@ -319,6 +323,7 @@ class DiLoCo:
             self._pulse,
             patience_s=self.patience_s,
             is_stopping=self._is_stopping,
+            waiting=self._waiting,
             say=self._say,
             tokens_per_step=self.tokens_per_step,
             rows=self._rows,

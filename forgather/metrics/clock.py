@@ -7,7 +7,9 @@ from typing import Literal, get_args
 
 import torch
 
-Activity = Literal["start_up", "training", "data_wait", "evaluation", "checkpoint", "sampling", "inspection"]
+Activity = Literal[
+    "start_up", "training", "data_wait", "exchange", "evaluation", "checkpoint", "sampling", "inspection"
+]
 ACTIVITIES: tuple[Activity, ...] = get_args(Activity)
 
 

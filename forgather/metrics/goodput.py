@@ -3,6 +3,7 @@
     useful       steps that the run's weights rest on
     start_up     from the birth of a process to its first step, and what its first two took longer than its third
     data_wait    the loop waited for the loader (on the slowest rank)
+    exchange     the loop waited for other machines' part in the training (DiLoCo)
     checkpoint   the loop stood still for a save; what is written behind its back costs nothing here
     evaluation, sampling, inspection
     redo         steps that a fault took back: made after the checkpoint from which the run went on
@@ -28,7 +29,7 @@ from forgather.errors import TrainingError
 from forgather.metrics.clock import ActivityClock
 
 ENTRIES = (
-    "useful", "start_up", "data_wait", "checkpoint", "evaluation", "sampling", "inspection", "redo", "down",
+    "useful", "start_up", "data_wait", "exchange", "checkpoint", "evaluation", "sampling", "inspection", "redo", "down",
 )  # fmt: skip
 _WRITE_EVERY_S = 1.0
 

@@ -71,6 +71,8 @@ def test_a_run_with_a_server_that_only_averages_is_the_run_that_it_is_alone(fold
     rows = read_rows(folder / "runs" / arguments["run_name"] / "logs" / "metrics.jsonl", "train")
     assert [row["diloco/round"] for row in rows] == [0, 1, 1, 2]
     assert rows[1]["diloco/up_mb"] > 0
+    [account] = read_rows(folder / "runs" / arguments["run_name"] / "logs" / "metrics.jsonl", "goodput")
+    assert account["exchange_s"] >= rows[1]["diloco/sync_s"] * 0.5 > 0  # what it waits for is not useful
     key = folder / "runs" / arguments["run_name"] / KEY_NAME
     assert key.stat().st_mode & 0o077 == 0
 
