@@ -254,7 +254,7 @@ async def _values(request: web.Request) -> web.StreamResponse:
     idle_s, _ = request.app[_TIMES]
     await response.prepare(request)
     try:
-        with answer.values.downloads.sending(worker or "", answer.slices, is_change=answer.ranges is not None):
+        with answer.values.downloads.sending(worker or "", answer.slices):
             for block in answer.blocks():
                 if block is None:
                     await coordinator.change_goes_on(answer)
@@ -264,7 +264,9 @@ async def _values(request: web.Request) -> web.StreamResponse:
                 coordinator.bytes_down += len(block)
                 if member is not None:
                     member.bytes_down += len(block)
-            await response.write(b"".join(await coordinator.digests(answer)))
+            digests = b"".join(await coordinator.digests(answer))
+            async with asyncio.timeout(idle_s):
+                await response.write(digests)
     except (ChangedError, TimeoutError):
         # Its length is told already: an answer that is too short is one to ask for again.
         if request.transport is not None:

@@ -34,7 +34,7 @@ from forgather.diloco.payload import DIGEST_BYTES, Payload
 from forgather.diloco.work_units import Lease, Question
 from forgather.errors import DistributedError
 
-CHUNK_BYTES = 1 << 20  # handed to the system at once; between two, an early answer is noticed
+CHUNK_BYTES = 1 << 20  # asked of the system at once
 CONNECT_S = 10.0  # that a connection may take to be made
 _MAX_JSON_BYTES = 64 << 20
 _BUSY = (408, 425, 429, 500, 502, 503, 504, 507)  # the server lives, and cannot answer or keep anything now

@@ -49,7 +49,7 @@ from forgather.diloco.server_status import server_status
 from forgather.diloco.spool import Spool
 from forgather.errors import CheckpointError
 
-STEP_WAIT_S = 600.0  # for the outer step on a parameter, or on all of them, and for the published values to move
+STEP_WAIT_S = 60.0  # for an outer step, or a part of it, of which those before had a quarter of that
 _TICK_S = 0.25
 # What must agree, and what makes it so.
 _SAME = {
@@ -239,17 +239,23 @@ class Coordinator:
         return there.answer(want) if await self.until(is_there, want.wait_s) else None
 
     async def change_goes_on(self, answer: Answer) -> None:
-        """Return when more of a change was made. ChangedError when that is too late, or the server ends."""
+        """Return when more of a change was made. TimeoutError when that is too late, or the server ends."""
         if not await self.until(answer.has_more, STEP_WAIT_S):
-            raise ChangedError
+            raise TimeoutError
 
     async def digests(self, answer: Answer) -> list[bytes]:
-        """Those of the values that an answer leads to, once they are there; ChangedError when others are by then."""
+        """Those of the values that an answer leads to, once they are there.
+
+        ChangedError when others are by then, TimeoutError when they are not in time.
+        """
         there = answer.values
         await self.until(lambda: not (answer.is_current and there.coming == answer.version), STEP_WAIT_S)
+        if answer.is_current and there.coming == answer.version:
+            raise TimeoutError
         if answer.is_current and there.version == answer.version:
-            loop = asyncio.get_running_loop()
-            digests = await loop.run_in_executor(self._threads, lambda: [there.digest(each) for each in answer.slices])
+            known = there.digests
+            # Not in the threads that check: they end before the answers that are under way.
+            digests = await asyncio.to_thread(lambda: [there.digest(each, known) for each in answer.slices])
             if answer.is_current:
                 return digests
         raise ChangedError

@@ -22,26 +22,20 @@ Key = tuple[str, int]  # a worker, and which slices: each of its ranks asks for 
 
 
 @dataclass
-class _Sending:
-    key: Key
-    is_change: bool
-
-
-@dataclass
 class Downloads:
     """The answers of one fragment."""
 
-    _under_way: dict[int, _Sending] = field(default_factory=dict)
+    _under_way: dict[int, Key] = field(default_factory=dict)
     _broken_off: dict[Key, int] = field(default_factory=dict)  # how often, since it was whole the last time
     _number: int = 0
 
     @contextmanager
-    def sending(self, worker: str, slices: Sequence[Slice], *, is_change: bool) -> Iterator[None]:
+    def sending(self, worker: str, slices: Sequence[Slice]) -> Iterator[None]:
         """While an answer is sent. ChangedError that ends it is counted."""
         key = (worker, hash(tuple(slices)))
         self._number += 1
         number = self._number
-        self._under_way[number] = _Sending(key, is_change)
+        self._under_way[number] = key
         try:
             yield
             self._broken_off.pop(key, None)
@@ -53,12 +47,11 @@ class Downloads:
         finally:
             del self._under_way[number]
 
-    def waited_for(self, *, changes: bool) -> dict[str, float]:
-        """For whom a new version is to wait, and for how many seconds at most; those who get changes, or all."""
+    def waited_for(self) -> dict[str, float]:
+        """For whom a new version is to wait, and for how many seconds at most."""
         waited: dict[str, float] = {}
-        for each in self._under_way.values():
-            times = self._broken_off.get(each.key, 0)
-            if times and (each.is_change or not changes):
+        for key in self._under_way.values():
+            if times := self._broken_off.get(key, 0):
                 seconds = min(LONGEST_S, FIRST_S * 2 ** (times - 1))
-                waited[each.key[0]] = max(seconds, waited.get(each.key[0], 0.0))
+                waited[key[0]] = max(seconds, waited.get(key[0], 0.0))
         return waited

@@ -181,11 +181,20 @@ class Exchange:
         if self._learned is not None and not self.has_parts:
             part = self._learned.part(self.round, as_differences=self._is_async)
             # Beside the network: it is sent as it is made, and a checkpoint waits for the making alone.
-            self._encoding = threading.Thread(target=self._learned.write, args=(part,), daemon=True)
+            self._encoding = threading.Thread(target=self._write, args=(self._learned, part), daemon=True)
             self._encoding.start()
             with self._changed:
                 self.parts = [part]
                 self.has_parts = True
+                self._changed.notify_all()
+
+    def _write(self, learned: Learned, part: Part) -> None:
+        learned.write(part)
+        try:
+            part.payload.wait()
+        except Exception as error:  # noqa: BLE001  raised by the training thread, on all ranks
+            with self._changed:
+                self.failure = self.failure or error
                 self._changed.notify_all()
 
     def _has_work(self) -> bool:
@@ -212,6 +221,8 @@ class Exchange:
             if isinstance(answer, Closed):
                 self._readdress(answer.open, round)
                 return
+            # It may be counted already, and not be wanted whole; but it is kept, and made of an anchor that then goes.
+            part.payload.wait()
         with self._changed:
             self._accepted = (round, server)
             self._changed.notify_all()

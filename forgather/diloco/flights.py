@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
 
@@ -73,7 +73,11 @@ class Flights:
 
         What has once been waited for in vain is taken in whenever it comes. DistributedError when it `is_needed`.
         """
-        begun = time.monotonic()
+        with ExitStack() as waiting:
+            self._attend(step, delay, waiting, is_needed=is_needed)
+
+    def _attend(self, step: int, delay: int, waiting: ExitStack, *, is_needed: bool) -> None:
+        begun, is_waiting = time.monotonic(), False
         while self.under_way:
             standing = self._agree(begun, is_late=self._is_late())
             for flight, version in zip(list(self.under_way.values()), standing.versions, strict=True):
@@ -87,8 +91,10 @@ class Flights:
             if standing.away_ms > self._patience_ms:
                 self._give_up(awaited, is_needed=is_needed)
                 break
-            with self._waiting():
-                awaited[0].exchange.wait(_POLL_S if world_size() > 1 else _ALONE_S)
+            if not is_waiting:  # to the end: the rank whose values came first waits for the others in the agreement
+                waiting.enter_context(self._waiting())
+                is_waiting = True
+            awaited[0].exchange.wait(_POLL_S if world_size() > 1 else _ALONE_S)
         self.waited_s += time.monotonic() - begun
 
     def deliver(self) -> bool:
@@ -97,6 +103,10 @@ class Flights:
         It has not when the run is to end now, as its checkpoint has it, nor when the server has been out of reach, or
         there and not taken it (its disk is full, say), for too long.
         """
+        with self._waiting():
+            return self._deliver()
+
+    def _deliver(self) -> bool:
         begun = time.monotonic()
         while self.under_way:
             is_undelivered = not all(flight.exchange.is_delivered for flight in self.under_way.values())

@@ -7,7 +7,8 @@ broken off, and the worker asks again.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from functools import lru_cache
+from math import inf, prod
 
 import torch
 import xxhash
@@ -22,7 +23,14 @@ from forgather.diloco.messages import Slice, Values, Version, WantValues, pack_h
 from forgather.diloco.pieces import box_of, pieces
 from forgather.diloco.slices import covering_ranges
 
+LONGEST_STEP_S = 15.0  # well below how long a worker's connection may be silent
 _BATCH_BYTES = 256 << 10  # what a socket takes at once, so that nothing is kept back and copied
+
+
+@lru_cache(maxsize=1 << 14)
+def _ranges(shape: tuple[int, ...], part: Slice) -> Sequence[tuple[int, int]]:
+    """Of a slice of a column these are many, and the same each time."""
+    return covering_ranges(shape, part, BLOCK)
 
 
 class FragmentValues:
@@ -43,8 +51,9 @@ class FragmentValues:
         self.generation = 0  # of the published values
         self.change_generation = 0
         self.is_moving = False  # the published values are being moved to the next version
+        self.step_s = inf  # what the last step took, until the values were published
         self.downloads = Downloads()
-        self._digests: dict[Slice, bytes] = {}
+        self.digests: dict[Slice, bytes] = {}  # of the published values: a dict of its own for each state of them
 
     @property
     def numel(self) -> int:
@@ -63,14 +72,18 @@ class FragmentValues:
             self.change.begin()
 
     def is_certain(self, version: Version) -> None:
-        """Nothing keeps the next version from being this one: its change can be sent while it is made."""
-        if self.change is not None:
+        """Nothing keeps the next version from being this one: its change can be sent while it is made.
+
+        Not where that takes long: whoever has the beginning hears nothing meanwhile, as if the server had gone.
+        """
+        if self.change is not None and self.step_s < LONGEST_STEP_S:
             self.changed_from, self.coming = self.version, version
 
     def move_begins(self) -> None:
         """From here on nobody reads the published values, before `moved`."""
         self.is_moving = True
         self.generation += 1
+        self.digests = {}
 
     @torch.no_grad()
     def move(self) -> None:
@@ -83,7 +96,7 @@ class FragmentValues:
 
     def moved(self, version: Version, changed_from: Version | None) -> None:
         """They are those of `version`."""
-        self._digests.clear()
+        self.digests = {}
         self.version, self.coming, self.is_moving = version, None, False
         self.changed_from = changed_from if self.change is not None else None
 
@@ -100,17 +113,17 @@ class FragmentValues:
     def _has_change_for(self, want: WantValues) -> bool:
         return self.change is not None and want.have is not None and want.have == self.changed_from
 
-    def digest(self, each: Slice) -> bytes:
-        """xxh3-64 of a slice's published values, computed once a version."""
-        known = self._digests.get(each)
-        if known is None:
-            digest, generation = xxhash.xxh3_64(), self.generation
+    def digest(self, each: Slice, known: dict[Slice, bytes]) -> bytes:
+        """xxh3-64 of a slice's published values. `known` is what `digests` was when they were; then any thread will do.
+
+        Of values that move meanwhile it is wrong, and noted where nobody looks any more.
+        """
+        if each not in known:
+            digest = xxhash.xxh3_64()
             for _, piece in pieces(box_of(self.published[each.name], each)):
                 digest.update(raw_bytes(piece.contiguous()))
-            known = digest.digest()
-            if generation == self.generation:
-                self._digests[each] = known
-        return known
+            known[each] = digest.digest()
+        return known[each]
 
     def answer(self, want: WantValues) -> "Answer":
         """What to send for `want`, which it can answer now."""
@@ -119,13 +132,13 @@ class FragmentValues:
             return Answer(self, self.generations, header.version, pack_header(header.to_json()), want.slices, None)
         assert self.change is not None, "there is a change"
         header = Values(self.coming or self.version, "change", self.change.codec.name, self.durable)
-        ranges = [covering_ranges(self.shapes[each.name], each, BLOCK) for each in want.slices]
+        ranges = [_ranges(self.shapes[each.name], each) for each in want.slices]
         return Answer(self, self.generations, header.version, pack_header(header.to_json()), want.slices, ranges)
 
 
 @dataclass
 class Answer:
-    """The frame of an answer, behind which come the digests. Both are made on the thread on which versions change."""
+    """An answer but for the digests, which come last. Its blocks are made on the thread on which versions change."""
 
     values: FragmentValues
     generations: tuple[int, int]  # of the values and the change, as they were

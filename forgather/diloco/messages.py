@@ -9,6 +9,9 @@ A body with tensors is
     4 bytes     length of the header, big-endian
     header      JSON in UTF-8
     payload     the slices that the header lists, one after the other, each as its codec encodes it
+    digests     8 bytes each: of the payload, to the server; of the values that each slice leads to, to a worker
+
+Digests come last, so that a payload can be sent while it is made.
 
 Nothing is unpickled, and no memory is taken for a payload before its header is known to fit the model.
 """
@@ -22,7 +25,7 @@ from typing import Any, Literal, Self
 
 from forgather.errors import ForgatherError
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAX_HEADER_BYTES = 16 << 20  # the slices of 100,000 parameters fit in
 WORKER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _LENGTH = struct.Struct(">I")
@@ -135,8 +138,8 @@ class Settings:
         if not isinstance(value, dict) or value.get("protocol") != PROTOCOL:
             spoken = value.get("protocol") if isinstance(value, dict) else None
             raise ProtocolError(
-                f"the server speaks protocol {spoken}, this worker {PROTOCOL}",
-                fix="install the same version of forgather on all machines",
+                f"the server, or the checkpoint of a worker, speaks protocol {spoken}, and this version {PROTOCOL}",
+                fix="install the same version of forgather on all machines, and begin the run with it",
             )
         return cls(**{name: each for name, each in value.items() if name in known})
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from forgather.checkpoint.storage import raw_bytes
 
 DIGEST_BYTES = 8
-_BLOCK_BYTES = 1 << 20  # handed to the system at once
+_BLOCK_BYTES = 1 << 20  # handed to the system at once; between two, an early answer is noticed
 
 
 class Payload:

@@ -178,19 +178,22 @@ class Publisher:
         self._rounds.close(fragment, contributors)
         there, before = self._fragments[fragment], self._fragments[fragment].version
         opened_at = self._rounds.rounds[fragment].opened_at
-        await self._slow_ones(fragment, changes=True)
+        await self._slow_ones(fragment)
         taken = shares(helds, self._guard)
         version = Version(before.number + 1, lineage(before.lineage, taken))
         damping = 1.0
         if self._rounds.mode == "async":
             damping = self._staleness(max(0, before.number - helds[0].header.base.number))
+        again = self._again.pop((fragment, version.number), None)
+        is_again = again is not None and sorted(again.contributors) == sorted(contributors)
         self.rates.apply()
-        with self._rates_of(fragment, version.number, contributors) as rates:
-            made = Made(contributors, dict(rates))
-            await self._retried(lambda: self._in_thread(lambda: self._journal.add(fragment, version, made)))
-            there.begin()
-            there.is_certain(version)
-            await self._tell()
+        made = Made(contributors, again.rates if again is not None and is_again else self.rates.in_force)
+        await self._retried(lambda: self._in_thread(lambda: self._journal.add(fragment, version, made)))
+        step_began = time.perf_counter()
+        there.begin()
+        there.is_certain(version)
+        await self._tell()
+        with self._at(made.rates):
             await self._in_thread(
                 lambda: combine(
                     taken,
@@ -202,10 +205,10 @@ class Publisher:
                     made=lambda: asyncio.run_coroutine_threadsafe(self._tell(), loop),
                 )
             )
-        await self._slow_ones(fragment, changes=False)
         there.move_begins()
         await self._in_thread(there.move)
         there.moved(version, before)
+        there.step_s = time.perf_counter() - step_began
         seconds = self._clock() - opened_at
         self._unsaved += 1
         self._rounds.published(fragment, version, [held.header.base for held in helds])
@@ -214,30 +217,27 @@ class Publisher:
             self._intake.drop(fragment, held.worker, held.round)
         self._intake.drop_past(fragment)
 
-    async def _slow_ones(self, fragment: int, *, changes: bool) -> None:
-        """Wait for answers that were broken off before by a new version, and would be by this one, too."""
+    async def _slow_ones(self, fragment: int) -> None:
+        """Wait for answers that were broken off before by a new version, and would be by this one, too.
+
+        Before anything of it is told: who has its beginning hears nothing while it waits for the rest.
+        """
         downloads = self._fragments[fragment].downloads
-        waited = downloads.waited_for(changes=changes)
+        waited = downloads.waited_for()
         if waited:
             self.run.say(
                 f"fragment {fragment}: version {self._fragments[fragment].version.number + 1} waits for up to "
                 f"{max(waited.values()):g} s, until {', '.join(sorted(waited))} has the one before: versions come "
                 "faster than it can get them"
             )
-            await self._until(lambda: not downloads.waited_for(changes=changes), max(waited.values()))
+            await self._until(lambda: not downloads.waited_for(), max(waited.values()))
 
     @contextmanager
-    def _rates_of(
-        self, fragment: int, number: int, contributors: Sequence[tuple[str, int]]
-    ) -> Iterator[Mapping[str, float]]:
-        """The rates for this version: those in force, or those that it was made with before, for that alone."""
-        again = self._again.pop((fragment, number), None)
-        if again is None or sorted(again.contributors) != sorted(contributors):
-            yield self.rates.in_force
-            return
-        before = self.rates.put(again.rates)
+    def _at(self, rates: Mapping[str, float]) -> Iterator[None]:
+        """While a step is made at these rates: one that is made again may have had others than are in force."""
+        before = self.rates.put(rates)
         try:
-            yield again.rates
+            yield
         finally:
             self.rates.put(before)
 

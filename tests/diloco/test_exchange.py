@@ -2,11 +2,16 @@
 
 import asyncio
 import threading
+import time
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 
+from forgather.diloco.client import Client
+from forgather.diloco.local_fragment import LocalFragment, Numbers, Part
+from forgather.diloco.messages import Accepted
 from forgather.diloco.outer import Nesterov
 from forgather.diloco.worker import DiLoCo
 from tests.diloco.bad_wire import BadWire
@@ -60,6 +65,55 @@ def test_a_reply_that_is_lost_after_it_was_accepted_counts_once(tmp_path, settin
         assert sum(request.startswith("PUT /v1/contributions/alpha/0/") for request in wire.requests) == 2
         assert server.status()["versions"] == [2]
         assert published(server) == -4.0
+
+
+@pytest.mark.parametrize("is_broken", [False, True], ids=["slow", "broken"])
+def test_what_is_counted_already_is_still_encoded_to_its_end(tmp_path, settings, monkeypatch, is_broken):
+    """The server says so before it has read any of it; the worker keeps it, so it must be whole, and of one anchor."""
+    go_on = threading.Event()
+    write = LocalFragment.write
+
+    def slowly(self: LocalFragment, part: Part, local: Numbers) -> None:
+        assert go_on.wait(20)
+        if is_broken:
+            with part.payload.written():
+                raise MemoryError("no room")
+        else:
+            write(self, part, local)
+
+    with running_server(tmp_path, VALUES, settings) as server:
+        worker = Counter(address_of(server))
+        with pytest.raises(MemoryError, match="no room") if is_broken else nullcontext(), worker.diloco:
+            worker.step(1)
+            monkeypatch.setattr(LocalFragment, "write", slowly)
+            monkeypatch.setattr(Client, "send", lambda *_: Accepted("counted"))
+            ended: list[object] = []
+
+            def step() -> None:
+                try:
+                    ended.append(worker.step(1))
+                except MemoryError as error:
+                    ended.append(str(error))
+
+            thread = threading.Thread(target=step)
+            thread.start()
+            flights = worker.diloco._session.flights
+            wait_for(lambda: bool(flights.under_way))
+            [flight] = flights.under_way.values()
+            wait_for(lambda: flight.exchange.has_parts)
+            time.sleep(0.1)
+            assert not flight.exchange.is_delivered
+            go_on.set()
+            if is_broken:
+                thread.join(20)
+                assert ended == ["no room"]
+            else:
+                wait_for(lambda: flight.exchange.is_delivered)
+                assert flight.exchange.parts[0].payload.is_whole
+                monkeypatch.undo()
+                flight.exchange._accepted = None  # as by a server that has forgotten it
+                flight.exchange._client.interrupt()
+                thread.join(30)
 
 
 @pytest.mark.training_case(78)

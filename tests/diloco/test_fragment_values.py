@@ -8,7 +8,7 @@ import torch
 from forgather.diloco.combine import Change
 from forgather.diloco.downloads import FIRST_S, LONGEST_S, ChangedError, Downloads
 from forgather.diloco.first_values import spool_budget
-from forgather.diloco.fragment_values import FragmentValues
+from forgather.diloco.fragment_values import LONGEST_STEP_S, FragmentValues
 from forgather.diloco.messages import Slice, Version, WantValues
 from forgather.diloco.outer import DelayedNesterov, Nesterov, TorchOuter
 
@@ -71,6 +71,7 @@ def test_while_the_next_change_is_made_the_values_can_be_sent_and_the_change_not
 def test_a_change_can_be_sent_while_it_is_made_and_the_published_values_are_the_old_ones() -> None:
     values = advanced(fragment("bf16"))
     before, second = values.version, Version(2, "second")
+    values.step_s = 1.0
     values.begin()
     want = WantValues(ALL, 2, before)
     assert not values.can_answer(want)
@@ -101,9 +102,24 @@ def test_a_change_can_be_sent_while_it_is_made_and_the_published_values_are_the_
 
 def test_digests_are_of_the_values_as_they_are() -> None:
     values = fragment("bf16")
-    before = values.digest(ALL[0])
-    assert values.digest(ALL[0]) == before
-    assert advanced(values).digest(ALL[0]) != before
+    known = values.digests
+    before = values.digest(ALL[0], known)
+    assert values.digest(ALL[0], known) == before
+    advanced(values)
+    assert values.digest(ALL[0], values.digests) != before
+    # Whoever was still at the values before notes what it has found where nobody looks for that of these.
+    known.clear()
+    values.digest(ALL[0], known)
+    assert values.digests is not known
+
+
+def test_a_version_that_takes_long_to_make_is_sent_when_it_is_there() -> None:
+    """A worker whose answer has begun would take the silence for a server that has gone."""
+    values = advanced(fragment("bf16"))
+    values.step_s = LONGEST_STEP_S + 1
+    values.begin()
+    values.is_certain(Version(2, "second"))
+    assert not values.can_answer(WantValues(ALL, 2, Version(1, "next")))
 
 
 @pytest.mark.parametrize("download", ["bf16", "int8", "int4"])
@@ -131,42 +147,33 @@ class TestDownloads:
 
     def broken(self, downloads: Downloads, worker: str, times: int, slices: list[Slice] = ALL) -> None:
         for _ in range(times):
-            with pytest.raises(ChangedError), downloads.sending(worker, slices, is_change=False):
+            with pytest.raises(ChangedError), downloads.sending(worker, slices):
                 raise ChangedError
 
     def test_one_that_was_broken_off_is_waited_for_the_next_time_and_longer_each_time(self) -> None:
         downloads = Downloads()
-        with downloads.sending("a", ALL, is_change=False):
-            assert downloads.waited_for(changes=False) == {}
+        with downloads.sending("a", ALL):
+            assert downloads.waited_for() == {}
         for times in range(1, 4):
             self.broken(downloads, "a", 1)
-            assert downloads.waited_for(changes=False) == {}  # it has not come again
-            with suppress(ConnectionError), downloads.sending("a", ALL, is_change=False):
-                assert downloads.waited_for(changes=False) == {"a": FIRST_S * 2 ** (times - 1)}
+            assert downloads.waited_for() == {}  # it has not come again
+            with suppress(ConnectionError), downloads.sending("a", ALL):
+                assert downloads.waited_for() == {"a": FIRST_S * 2 ** (times - 1)}
                 raise ConnectionError
         self.broken(downloads, "a", 100)
-        with downloads.sending("a", ALL, is_change=True):
-            assert downloads.waited_for(changes=False) == {"a": LONGEST_S}
-        with downloads.sending("a", ALL, is_change=False):
-            assert downloads.waited_for(changes=False) == {}  # it has had one
+        with downloads.sending("a", ALL):
+            assert downloads.waited_for() == {"a": LONGEST_S}
+        with downloads.sending("a", ALL):
+            assert downloads.waited_for() == {}  # it has had one
 
     def test_each_rank_of_a_worker_has_its_own(self) -> None:
         downloads = Downloads()
         others = [Slice("w", (0, 0), (1, 1000))]
         self.broken(downloads, "a", 1)
-        with downloads.sending("a", others, is_change=False):
-            assert downloads.waited_for(changes=False) == {}
-        with downloads.sending("a", ALL, is_change=False):
-            assert downloads.waited_for(changes=False) == {"a": FIRST_S}
-
-    def test_only_changes_are_harmed_by_the_making_of_a_version(self) -> None:
-        downloads = Downloads()
-        self.broken(downloads, "a", 1)
-        with downloads.sending("a", ALL, is_change=False):
-            assert downloads.waited_for(changes=True) == {}
-        self.broken(downloads, "a", 1)
-        with downloads.sending("a", ALL, is_change=True):
-            assert downloads.waited_for(changes=True) == {"a": FIRST_S}
+        with downloads.sending("a", others):
+            assert downloads.waited_for() == {}
+        with downloads.sending("a", ALL):
+            assert downloads.waited_for() == {"a": FIRST_S}
 
 
 def test_memory_for_contributions_is_what_the_outer_optimizers_state_leaves() -> None:

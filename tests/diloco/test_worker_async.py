@@ -64,7 +64,7 @@ def test_two_workers_come_to_their_end_with_everything_counted(tmp_path, delay):
         assert sum(each["tokens"] for each in status["history"]) == 2 * 20 * 10
 
 
-@pytest.mark.parametrize("where", [("before saving", 1), ("after saving", 1)])
+@pytest.mark.parametrize("where", [("before saving", 1), pytest.param(("after saving", 1), marks=pytest.mark.soak)])
 def test_a_server_that_is_killed_between_two_saves_makes_its_versions_again(tmp_path, where):
     """Each has contributions that the journal names and no checkpoint has; they come again, and count once."""
     arguments = {"save_every": 3}
