@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Three workers on two cores, as tests also wait for processes, disks and deadlines; each pins its maths to one thread so
-# that ranks do not fight for cores.
-JOBS ?= $(shell expr $$(nproc 2>/dev/null || echo 2) + 1)
+# Two workers a core, as tests also wait for processes, disks and deadlines; each pins its maths to one thread so that
+# ranks do not fight for cores.
+JOBS ?= $(shell expr $$(nproc 2>/dev/null || echo 2) \* 2)
+# What soaks has up to eight processes a test.
+SOAK_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .PHONY: install lint test soak faults bench demo clean
 .DEFAULT_GOAL := test
@@ -25,13 +27,14 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Files in the order of their folders: by number of tests, as pytest-xdist would have it, the long ones come last, and one
-# worker has them while the others are done. Bytecode is kept, as many tests start processes of their own.
+# A worker has all tests of a file. The folders with the longest files come first, as whoever begins such a one last keeps
+# all others waiting. Bytecode is kept, as many tests start processes of their own.
+LONGEST := tests/trainers tests/checkpoint tests/models tests/docs tests/diloco
 test: $(STAMP)
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not soak"
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not soak" $(LONGEST) tests
 
 soak: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --timeout 3600 -m "soak"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(SOAK_JOBS) --dist loadfile --timeout 3600 -m "soak"
 
 # What may go wrong between a DiLoCo server and its workers, done to real processes, and the table of what comes of it.
 faults: $(STAMP)
