@@ -1,8 +1,12 @@
 """The idle time of a pipeline schedule, on stages that sleep instead of computing.
 
 A sleeping rank takes no core and no noise shows, so a pipeline of several ranks can be measured on a machine with one
-core. Each layer of a tiny Llama sleeps for `UNIT_S` in its forward, as long for the gradient of its input, and as long
-for that of its weight, which schedules that split the backward do later.
+core. Each layer of a tiny Llama sleeps in its forward, as long for the gradient of its input, and as long for that of
+its weight, which schedules that split the backward do later.
+
+What is around the sleeps takes time too, 70 to 90 ms of a step in a quiet hour and three times as much in a busy one,
+under every schedule. So a step is timed with short sleeps and with long ones in turns: what does not depend on the
+sleeps is in both, and their difference shows the schedule alone.
 """
 
 import time
@@ -28,14 +32,20 @@ from forgather.trainers.assemble import assemble
 from forgather.trainers.strategy import build_loss, build_step
 from forgather.trainers.update import Update
 
-# Long, since the layers around the sleeps take 70 to 90 ms of a step under every schedule, which is no bubble. That was
-# 0.03 to 0.037 of the working time with 0.1 s, more than the bar allows, and is 0.014 with this.
-UNIT_S = 0.25
+SHORT_S, LONG_S = 0.05, 0.25
 RANKS, LAYERS, MICROBATCHES, LENGTH = 2, 4, 4, 8
-STEPS = 3
+STEPS = 3  # of each length
 
 
-slept = [0]  # how often this rank has slept
+@dataclass
+class Sleeps:
+    """How long this rank's next sleep is, and how many it has slept."""
+
+    seconds: float = SHORT_S
+    count: int = 0
+
+
+sleeps = Sleeps()
 
 
 @dataclass(frozen=True)
@@ -59,8 +69,8 @@ BUBBLES = {
 
 
 def _sleep() -> None:
-    slept[0] += 1
-    time.sleep(UNIT_S)
+    sleeps.count += 1
+    time.sleep(sleeps.seconds)
 
 
 class _Sleep(torch.autograd.Function):
@@ -123,7 +133,7 @@ class _Source:
 
 
 def measure_bubble(schedule: str) -> dict[str, float]:
-    """The idle part of a step's working time in the best of some steps, and what the formula says."""
+    """The idle part of a step's working time, from the best steps of each length, and what the formula says."""
     mesh = Mesh(Environment(device="cpu"), shard=1, pipeline=RANKS)
     stages = SCHEDULES[schedule].default_stages
     per_stage = LAYERS // (RANKS * stages)
@@ -142,17 +152,18 @@ def measure_bubble(schedule: str) -> dict[str, float]:
     step = build_step(model, build_loss(model, chunk_rows=None), update, mesh)
     tokens = torch.zeros((1, LENGTH), dtype=torch.int64)
     batches = [Batch(tokens, tokens, torch.arange(LENGTH)[None], LENGTH, (row,)) for row in range(MICROBATCHES)]
-    idle = []
-    for number in range(STEPS):
-        slept[0] = 0
+    # Work is what has to be done once: a schedule that did a part of it twice would show it as idle time.
+    units = MICROBATCHES * (LAYERS // RANKS) * 3
+    times: dict[float, list[float]] = {SHORT_S: [], LONG_S: []}
+    for number in range(2 * STEPS):
+        sleeps.seconds, sleeps.count = (SHORT_S, LONG_S)[number % 2], 0
         dist.barrier()
         start = time.perf_counter()
         step(number, batches)
         took = torch.tensor(time.perf_counter() - start)
         dist.all_reduce(took, dist.ReduceOp.MAX)
-        # Work is what has to be done once: a schedule that did a part of it twice would show it as idle time.
-        working_s = MICROBATCHES * (LAYERS // RANKS) * 3 * UNIT_S
-        assert slept[0] * UNIT_S >= working_s * 0.999
-        idle.append(took.item() / working_s - 1)
+        assert sleeps.count >= units
+        times[sleeps.seconds].append(took.item())
+    bubble = (min(times[LONG_S]) - min(times[SHORT_S])) / (units * (LONG_S - SHORT_S)) - 1
     formula = BUBBLES[schedule].ratio(RANKS, MICROBATCHES, stages)
-    return {"bubble": min(idle), "formula": formula, "slept": slept[0]}
+    return {"bubble": bubble, "formula": formula, "slept": sleeps.count}
