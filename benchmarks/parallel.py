@@ -30,7 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from verdict import Bar, print_verdict
 
 from forgather.data.batch import NO_TARGET, Batch
-from forgather.distributed.environment import Environment
+from forgather.distributed.environment import Environment, leave_group
 from forgather.distributed.fsdp import ONE_GROUP_BELOW
 from forgather.distributed.mesh import Mesh
 from forgather.distributed.pipeline_plan import SCHEDULES, PipelinePlan
@@ -229,7 +229,7 @@ def main() -> int:
             figures = measure_bubble(options.bubble)
         if dist.get_rank() == 0:
             options.to.write_text(json.dumps(figures))
-        dist.destroy_process_group()
+        leave_group()
         return 0
     print(machine_line())
     bars = []

@@ -7,6 +7,7 @@ and no environment variable.
 import hashlib
 import os
 import random
+import time
 from datetime import timedelta
 from types import TracebackType
 from typing import Self
@@ -21,6 +22,9 @@ from forgather.distributed.network import Interface, use_interface
 from forgather.distributed.roll_call import ANSWER_S, RollCall, explain
 from forgather.distributed.timeouts import check_collective_timeout
 from forgather.errors import DistributedError
+
+# The threads ask for the interpreter within microseconds and get it as soon as the main thread sleeps.
+GLOO_DROPS_S = 0.02
 
 
 class Environment:
@@ -112,7 +116,7 @@ class Environment:
             self._roll_call.close()
             self._roll_call = None
         if self._owns_group and dist.is_initialized():
-            dist.destroy_process_group()
+            leave_group()
         self._owns_group = False
 
     def __enter__(self) -> Self:
@@ -120,6 +124,17 @@ class Environment:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def leave_group() -> None:
+    """Destroy the process group, so that this process may end at once.
+
+    A thread of gloo's drops an operation's tensors after whoever waited for it has gone on, and needs the interpreter
+    for that. One that asks while the interpreter ends is ended by force within code that may not be left so, and the
+    process aborts, after all work is done (seen in PyTorch 2.13, in one of 15 ends of a benchmark).
+    """
+    time.sleep(GLOO_DROPS_S)
+    dist.destroy_process_group()
 
 
 def _read_number(name: str, default: int) -> int:
