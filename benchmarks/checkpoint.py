@@ -49,6 +49,7 @@ from forgather.checkpoint.storage import BLOCK, local_part, raw_bytes, read_all
 from forgather.checkpoint.store import CheckpointStore
 from forgather.conversion.export import export
 from forgather.distributed.collectives import barrier
+from forgather.distributed.environment import leave_group
 from forgather.durable import sync
 
 RANKS = 2
@@ -109,7 +110,7 @@ def measure(folder: Path, layers: int, turns: int) -> dict[str, Any]:
         describe(opened)
         figures |= measure_background(opened, run, turns)
         figures |= measure_waiting(opened, run, turns, folder)
-    dist.destroy_process_group()
+    leave_group()
     return figures
 
 

@@ -143,6 +143,44 @@ def work(plan: dict[str, Any]) -> None:
         sys.stdin.readline()
 
 
+def transport(plan: dict[str, Any]) -> None:
+    """A worker's connection alone; each line that it reads has it print the seconds of bringing and of fetching.
+
+    It brings a part that was encoded before, of a contribution that lacks another part: so no round is closed, and what
+    is brought again takes the place of what came before.
+    """
+    from forgather.diloco.address import parse_address
+    from forgather.diloco.client import Client
+    from forgather.diloco.codec import codec
+    from forgather.diloco.incoming import read_values
+    from forgather.diloco.messages import Contribution, Identity, Register, Slice, WantValues
+    from forgather.diloco.payload import Payload
+
+    key = "key of the benchmark"
+    client = Client(parse_address(plan["server"], token=TOKEN), plan["name"], key)
+    registered = client.register(Register(plan["name"], key))
+    shapes = registered.settings.parameters
+    slices = [Slice(name, (0,) * len(shape), tuple(shape)) for name, shape in shapes.items()]
+    encoder = codec(plan["codec"])
+    sizes = [encoder.encoded_bytes(each.numel) for each in slices]
+    encoded = torch.zeros(sum(sizes), dtype=torch.uint8)
+    for each, part in zip(slices, encoded.split(sizes), strict=True):
+        encoder.encode(torch.full((each.numel,), 1e-3), part)
+    payload = Payload.whole(encoded)
+    header = Contribution(registered.versions[0], "differences", encoder.name, slices, parts=2)
+    values = [torch.zeros(each.numel) for each in slices]
+    print("begun", flush=True)
+    while sys.stdin.readline():
+        begun = time.perf_counter()
+        client.send(Identity(plan["name"], 0, 0), header, payload)
+        brought = time.perf_counter()
+        with client.values(0, WantValues(slices, 0)) as answer:
+            assert answer is not None, "version 0 is there"
+            digests = [read_values(answer, each) for each in values]
+            assert digests == answer.digests(len(digests)), "they are what the server has"
+        print(json.dumps([brought - begun, time.perf_counter() - brought]), flush=True)
+
+
 def train_ddp(plan: dict[str, Any]) -> None:
     """A rank of data parallel training of the same parameters."""
     dist.init_process_group("gloo")
@@ -360,7 +398,8 @@ def torchft_exchange_s(hosts: Sequence[Host], megabytes: float, steps: int = 3) 
 
 def socket_copy_s(num_bytes: int) -> float:
     """Seconds in which a bare socket carries so many bytes over loopback, into memory that is there."""
-    room, data = bytearray(num_bytes), memoryview(bytes(num_bytes))
+    # Not of zeros, whose pages the system gives only when they are touched.
+    room, data = bytearray(b"\1") * num_bytes, memoryview(b"\1" * num_bytes)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         sender = socket.create_connection(listening.getsockname())
         receiver, _ = listening.accept()
@@ -455,6 +494,34 @@ def streaming(hosts: Sequence[Host], megabytes: float) -> list[Bar]:
     ]
 
 
+def transport_bars(megabytes: float, turns: int = 7) -> list[Bar]:
+    """Client and server together against bare sockets: bytes that are there already, into memory, in turns."""
+    num_bytes = [int(megabytes * 1e6) // 2, int(megabytes * 1e6)]  # bf16 up, and fp32 values down
+    speeds: list[list[float]] = [[], []]
+    plan = {"megabytes": megabytes, "codec": "bf16", "sync_every": 1, "delay": 0, "num_fragments": 1, "save_every": 1}
+    host = Here()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        running(host, "serve", plan | {"num_workers": 2, "host": host.address, "folder": folder}) as server,
+        running(
+            host, "transport", {**plan, "name": "worker0", "server": f"{host.address}:{read(server)}"}
+        ) as connection,
+    ):
+        read(connection)
+        for turn in range(turns + 1):
+            bare_s = [socket_copy_s(each) for each in num_bytes]
+            go_on(connection)
+            ours_s = json.loads(read(connection))
+            if turn:  # in the first the server's memory was touched
+                for way in range(2):
+                    speeds[way].append(bare_s[way] / ours_s[way])
+                print(f"loopback: {bare_s=} {ours_s=}")
+    return [
+        Bar(f"loopback: bytes {way}, speed over a bare copy's", statistics.median(each), ">=", 0.6)
+        for way, each in zip(("up", "down"), speeds, strict=True)
+    ]
+
+
 def on_loopback(megabytes: float) -> list[Bar]:
     found = exchange([Here()] * 3, megabytes, compute_s=_saving_s(megabytes))
     num_bytes = int(2 * 2 * megabytes * 1e6 / 2)
@@ -474,14 +541,14 @@ def on_loopback(megabytes: float) -> list[Bar]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=float, default=1000.0, help="of the model, in fp32")
-    parser.add_argument("--process", choices=["serve", "work", "ddp", "torchft"], help=argparse.SUPPRESS)
+    parser.add_argument("--process", choices=["serve", "work", "transport", "ddp", "torchft"], help=argparse.SUPPRESS)
     parser.add_argument("--plan", type=json.loads, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.process is not None:
         torch.set_num_threads(
             os.cpu_count() or 1 if given.process == "serve" else 1
         )  # as they have where users start them
-        kinds = {"serve": serve, "work": work, "ddp": train_ddp, "torchft": train_torchft}
+        kinds = {"serve": serve, "work": work, "transport": transport, "ddp": train_ddp, "torchft": train_torchft}
         kinds[given.process](given.plan)
         return 0
     print(machine_line())

@@ -41,7 +41,7 @@ from forgather.data.order import Permutation
 from forgather.data.packing import PackedBlocks
 from forgather.data.shard_writer import SplitWriter
 from forgather.data.shards import FORMAT, MANIFEST, ShardSet
-from forgather.distributed.environment import Environment
+from forgather.distributed.environment import Environment, leave_group
 from forgather.distributed.fsdp import apply_fsdp
 from forgather.distributed.mesh import Mesh
 from forgather.metrics.console import Console
@@ -325,7 +325,7 @@ def main() -> int:
     if options.folder is not None:
         dist.init_process_group("gloo")
         reached = [measure(size, options, options.folder) for size in SIZES]
-        dist.destroy_process_group()
+        leave_group()
         return 0 if all(reached) or options.dose else 1
     print(machine_line())
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,8 +1,8 @@
 """What of a server survives it: a checkpoint as of any run. (`journal` has the rounds since.)
 
-    model/<parameter>                  the master values, which `forgather export` takes
+    model/<parameter>                  the published values, which all workers have: what `forgather export` takes
     optimizer/<key>                    the outer optimizer's tensors
-    extras/diloco/published/<name>     what workers have, where it is not the master's
+    extras/diloco/master/<name>        what the outer optimizer moves, where it is not what was published
     extras/diloco/change/<fragment>    the change that leads to the last version, so that it can still be sent
     extras of the document             versions, lineages, members, who was counted when, the ledger of work units
 
@@ -24,7 +24,7 @@ from forgather.diloco.messages import Version
 from forgather.errors import CheckpointError
 
 EXTRA = "diloco"
-FORMAT = 2  # of the document; nothing reads another
+FORMAT = 3  # of the document; nothing reads another
 
 
 class OuterState(Protocol):
@@ -66,7 +66,7 @@ class ServerState:
         """The live tensors by name, and the document of the rest."""
         tensors = self._model()
         tensors |= {f"optimizer/{key}": tensor for key, tensor in self.outer.state_tensors().items()}
-        tensors |= self._published()
+        tensors |= self._master()
         changes = {}
         for number, fragment in enumerate(self.fragments):
             if fragment.change is not None and fragment.changed_from is not None:
@@ -94,9 +94,9 @@ class ServerState:
                 targets[key] = _room(saved, key)
         changes = document["extras"][EXTRA]["changes"]
         for number, fragment in enumerate(self.fragments):
-            for name, tensor in fragment.published.items():
-                if f"extras/{EXTRA}/published/{name}" in saved:
-                    targets[f"extras/{EXTRA}/published/{name}"] = tensor
+            for name, tensor in fragment.master.items():
+                if f"extras/{EXTRA}/master/{name}" in saved:
+                    targets[f"extras/{EXTRA}/master/{name}"] = tensor
             if fragment.change is not None and str(number) in changes:
                 targets[f"extras/{EXTRA}/change/{number}"] = fragment.change.data
         return targets
@@ -106,9 +106,9 @@ class ServerState:
         """Take what was read into `targets`."""
         own = document["extras"][EXTRA]
         for fragment in self.fragments:
-            for name, values in fragment.published.items():
-                if f"extras/{EXTRA}/published/{name}" not in tensors:
-                    values.copy_(fragment.master[name])
+            for name, values in fragment.master.items():
+                if f"extras/{EXTRA}/master/{name}" not in tensors:
+                    values.copy_(fragment.published[name])
         self._accept_document(own)
         for key, before in own["changes"].items():
             fragment = self.fragments[int(key)]
@@ -139,16 +139,16 @@ class ServerState:
     def _model(self) -> dict[str, Tensor]:
         tensors = {f"model/{name}": tensor for name, tensor in self.constants.items()}
         for fragment in self.fragments:
-            tensors |= {f"model/{name}": tensor for name, tensor in fragment.master.items()}
+            tensors |= {f"model/{name}": tensor for name, tensor in fragment.published.items()}
         return tensors
 
-    def _published(self) -> dict[str, Tensor]:
-        """The published values that are not the master's; with fp32 they are, and soon will be where they are not."""
+    def _master(self) -> dict[str, Tensor]:
+        """The master values that are not the published ones: none with fp32, and none before the first step."""
         return {
-            f"extras/{EXTRA}/published/{name}": tensor
+            f"extras/{EXTRA}/master/{name}": tensor
             for fragment in self.fragments
             if fragment.change is not None and fragment.version.number + fragment.change_generation > 0
-            for name, tensor in fragment.published.items()
+            for name, tensor in fragment.master.items()
         }
 
 
