@@ -144,10 +144,10 @@ def work(plan: dict[str, Any]) -> None:
 
 
 def transport(plan: dict[str, Any]) -> None:
-    """A worker's connection alone; each line that it reads has it print the seconds of bringing and of fetching.
+    """A lone worker's connection; each line that it reads has it print the seconds of bringing and of fetching.
 
-    It brings a part that was encoded before, of a contribution that lacks another part: so no round is closed, and what
-    is brought again takes the place of what came before.
+    It brings what was encoded before, and fetches the values themselves, when the outer step that it has caused was
+    made and saved.
     """
     from forgather.diloco.address import parse_address
     from forgather.diloco.client import Client
@@ -167,18 +167,23 @@ def transport(plan: dict[str, Any]) -> None:
     for each, part in zip(slices, encoded.split(sizes), strict=True):
         encoder.encode(torch.full((each.numel,), 1e-3), part)
     payload = Payload.whole(encoded)
-    header = Contribution(registered.versions[0], "differences", encoder.name, slices, parts=2)
+    version = registered.versions[0]
     values = [torch.zeros(each.numel) for each in slices]
     print("begun", flush=True)
     while sys.stdin.readline():
+        header = Contribution(version, "differences", encoder.name, slices)
         begun = time.perf_counter()
-        client.send(Identity(plan["name"], 0, 0), header, payload)
-        brought = time.perf_counter()
-        with client.values(0, WantValues(slices, 0)) as answer:
-            assert answer is not None, "version 0 is there"
+        client.send(Identity(plan["name"], version.number, 0), header, payload)
+        brought_s = time.perf_counter() - begun
+        client.save()
+        want = WantValues(slices, version.number + 1)
+        with client.values(0, want) as answer:
+            begun = time.perf_counter()
+            assert answer is not None, "its version was saved"
+            version = answer.header.version
             digests = [read_values(answer, each) for each in values]
             assert digests == answer.digests(len(digests)), "they are what the server has"
-        print(json.dumps([brought - begun, time.perf_counter() - brought]), flush=True)
+        print(json.dumps([brought_s, time.perf_counter() - begun]), flush=True)
 
 
 def train_ddp(plan: dict[str, Any]) -> None:
@@ -396,22 +401,27 @@ def torchft_exchange_s(hosts: Sequence[Host], megabytes: float, steps: int = 3) 
         return max(statistics.median(json.loads(read(worker))) for worker in (first, second))
 
 
-def socket_copy_s(num_bytes: int) -> float:
-    """Seconds in which a bare socket carries so many bytes over loopback, into memory that is there."""
-    # Not of zeros, whose pages the system gives only when they are touched.
-    room, data = bytearray(b"\1") * num_bytes, memoryview(b"\1" * num_bytes)
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        sender = socket.create_connection(listening.getsockname())
-        receiver, _ = listening.accept()
-        with sender, receiver:
-            begun = time.perf_counter()
-            thread = threading.Thread(target=sender.sendall, args=(data,))
-            thread.start()
-            view, done = memoryview(room), 0
-            while done < num_bytes:
-                done += receiver.recv_into(view[done:])
-            thread.join()
-            return time.perf_counter() - begun
+class SocketCopy:
+    """A bare socket that carries so many bytes over loopback, into memory that is there, as the bytes are."""
+
+    def __init__(self, num_bytes: int) -> None:
+        # Not of zeros, whose pages the system gives only when they are touched.
+        self._room, self._data = bytearray(b"\1") * num_bytes, memoryview(b"\1" * num_bytes)
+
+    def seconds(self) -> float:
+        """Of doing it once."""
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            sender = socket.create_connection(listening.getsockname())
+            receiver, _ = listening.accept()
+            with sender, receiver:
+                begun = time.perf_counter()
+                thread = threading.Thread(target=sender.sendall, args=(self._data,))
+                thread.start()
+                view, done = memoryview(self._room), 0
+                while done < len(view):
+                    done += receiver.recv_into(view[done:])
+                thread.join()
+                return time.perf_counter() - begun
 
 
 def on_the_lan(megabytes: float) -> list[Bar]:
@@ -496,26 +506,27 @@ def streaming(hosts: Sequence[Host], megabytes: float) -> list[Bar]:
 
 def transport_bars(megabytes: float, turns: int = 7) -> list[Bar]:
     """Client and server together against bare sockets: bytes that are there already, into memory, in turns."""
-    num_bytes = [int(megabytes * 1e6) // 2, int(megabytes * 1e6)]  # bf16 up, and fp32 values down
+    bare = [SocketCopy(int(megabytes * 1e6) // 2), SocketCopy(int(megabytes * 1e6))]  # bf16 up, and fp32 values down
     speeds: list[list[float]] = [[], []]
     plan = {"megabytes": megabytes, "codec": "bf16", "sync_every": 1, "delay": 0, "num_fragments": 1, "save_every": 1}
     host = Here()
     with (
         tempfile.TemporaryDirectory() as folder,
-        running(host, "serve", plan | {"num_workers": 2, "host": host.address, "folder": folder}) as server,
+        running(host, "serve", plan | {"num_workers": 1, "host": host.address, "folder": folder}) as server,
         running(
             host, "transport", {**plan, "name": "worker0", "server": f"{host.address}:{read(server)}"}
         ) as connection,
     ):
         read(connection)
         for turn in range(turns + 1):
-            bare_s = [socket_copy_s(each) for each in num_bytes]
+            bare_s = [each.seconds() for each in bare]
             go_on(connection)
             ours_s = json.loads(read(connection))
             if turn:  # in the first the server's memory was touched
                 for way in range(2):
                     speeds[way].append(bare_s[way] / ours_s[way])
-                print(f"loopback: {bare_s=} {ours_s=}")
+        seconds = zip(("up, as bf16", "down, as values"), bare_s, ours_s, strict=True)
+        print("loopback, the last turn:", *(f"{way} {our:.2f} s, bare {bare:.2f} s;" for way, bare, our in seconds))
     return [
         Bar(f"loopback: bytes {way}, speed over a bare copy's", statistics.median(each), ">=", 0.6)
         for way, each in zip(("up", "down"), speeds, strict=True)
@@ -523,18 +534,20 @@ def transport_bars(megabytes: float, turns: int = 7) -> list[Bar]:
 
 
 def on_loopback(megabytes: float) -> list[Bar]:
-    found = exchange([Here()] * 3, megabytes, compute_s=_saving_s(megabytes))
+    pause_s = _saving_s(megabytes)
+    found = exchange([Here()] * 3, megabytes, compute_s=pause_s)
     num_bytes = int(2 * 2 * megabytes * 1e6 / 2)
-    copies = [socket_copy_s(num_bytes) for _ in range(3)]
-    copy_s = statistics.median(copies)
+    copy = SocketCopy(num_bytes)
+    copy_s = statistics.median(copy.seconds() for _ in range(3))
+    hand_s = hand_exchange_s(megabytes, pause_s=pause_s)
     print(
-        f"loopback: an exchange takes {found.round_s:.2f} s, a bare copy of its {num_bytes / 1e9:.2f} GB {copy_s:.2f} s"
+        f"loopback: an exchange takes {found.round_s:.2f} s, a bare copy of its {num_bytes / 1e9:.2f} GB {copy_s:.2f} "
+        f"s, the least that an exchange is here, written by hand, {hand_s:.2f} s"
     )
-    hand_s = hand_exchange_s(megabytes)
-    print(f"loopback: the least that an exchange is here, written by hand, {hand_s:.2f} s")
     return [
-        Bar("loopback: speed over a bare copy's", copy_s / found.round_s, ">=", 0.6),
-        Bar("loopback: speed over the least exchange's", hand_s / found.round_s, ">=", 0.9),
+        *transport_bars(megabytes),
+        Bar("loopback: an exchange, speed over a bare copy's", copy_s / found.round_s, ">=", 0.6),
+        Bar("loopback: an exchange, speed over the least one's", hand_s / found.round_s, ">=", 0.9),
     ]
 
 

@@ -1,6 +1,6 @@
 """The least that an exchange is: bare sockets, memory that is there, and the arithmetic in a few calls of torch.
 
-    seconds = hand_exchange_s(megabytes, workers=2, rounds=4)
+    seconds = hand_exchange_s(megabytes, workers=2, rounds=4, pause_s=4)
 
 No rounds, names, digests, checks of what comes, retries, saving or HTTP; whoever fails hangs. It is what
 `diloco_exchange.py` is held against: what this machine lets an exchange of so many bytes be, in the same run. Its order
@@ -38,7 +38,7 @@ def _receive(sock: socket.socket, tensor: Tensor) -> None:
         done += sock.recv_into(room[done : done + _BYTES])
 
 
-def _work(numel: int, rounds: int, port: int, said: Connection) -> None:
+def _work(numel: int, rounds: int, pause_s: float, port: int, said: Connection) -> None:
     torch.set_num_threads(1)
     anchor, local = torch.zeros(numel), torch.full((numel,), 1e-3)
     residual, sent = torch.zeros(numel), torch.zeros(numel, dtype=torch.bfloat16)
@@ -46,6 +46,7 @@ def _work(numel: int, rounds: int, port: int, said: Connection) -> None:
     seconds = []
     with socket.create_connection(("127.0.0.1", port)) as sock:
         for _ in range(rounds):
+            time.sleep(pause_s)
             begun = time.perf_counter()
             for base, now, left, out in _rows(anchor, local, residual, sent):
                 left.add_(torch.sub(base, now, out=scratch[: len(base)]))
@@ -90,14 +91,18 @@ def _serve(numel: int, workers: int, rounds: int, listening: socket.socket) -> N
         together(_send, [change] * workers)
 
 
-def hand_exchange_s(megabytes: float, workers: int = 2, rounds: int = 4) -> float:
-    """Seconds of such an exchange of a model of so many MB in fp32 over loopback, bf16 both ways; the median."""
+def hand_exchange_s(megabytes: float, workers: int = 2, rounds: int = 4, pause_s: float = 0.0) -> float:
+    """Seconds of such an exchange of a model of so many MB in fp32 over loopback, bf16 both ways; the median.
+
+    `pause_s` is how long nothing is done before each: after four seconds memory is five times slower here, as what was
+    in the processor's third cache is others' by then.
+    """
     numel = int(megabytes * 1e6 / 4)
     context = multiprocessing.get_context("spawn")
     ends = [context.Pipe() for _ in range(workers)]
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
-        processes = [context.Process(target=_work, args=(numel, rounds, port, end[1])) for end in ends]
+        processes = [context.Process(target=_work, args=(numel, rounds, pause_s, port, end[1])) for end in ends]
         for process in processes:
             process.start()
         _serve(numel, workers, rounds, listening)

@@ -253,6 +253,8 @@ async def _values(request: web.Request) -> web.StreamResponse:
     response.content_length = answer.num_bytes + DIGEST_BYTES * len(answer.slices)
     idle_s, _ = request.app[_TIMES]
     await response.prepare(request)
+    # Made beside the sending, as soon as the values are there.
+    digesting = asyncio.create_task(coordinator.digests(answer))
     try:
         with answer.values.downloads.sending(worker or "", answer.slices):
             for block in answer.blocks():
@@ -264,7 +266,7 @@ async def _values(request: web.Request) -> web.StreamResponse:
                 coordinator.bytes_down += len(block)
                 if member is not None:
                     member.bytes_down += len(block)
-            digests = b"".join(await coordinator.digests(answer))
+            digests = b"".join(await digesting)
             async with asyncio.timeout(idle_s):
                 await response.write(digests)
     except (ChangedError, TimeoutError):
@@ -273,6 +275,8 @@ async def _values(request: web.Request) -> web.StreamResponse:
             request.transport.abort()
         return response
     finally:
+        digesting.cancel()
+        await asyncio.gather(digesting, return_exceptions=True)
         await coordinator.tell()  # a version may be waiting for it
     await response.write_eof()
     return response
@@ -372,8 +376,10 @@ class _Blocks:
         return self
 
     async def __anext__(self) -> bytes:
-        async with asyncio.timeout_at(min(self._loop.time() + self._idle_s, self._until)):
-            block = await self._request.content.readany()
+        block = self._request.content.read_nowait()  # what is there needs no timer
+        if not block:
+            async with asyncio.timeout_at(min(self._loop.time() + self._idle_s, self._until)):
+                block = await self._request.content.readany()
         if not block:
             raise StopAsyncIteration
         self.received += len(block)

@@ -38,6 +38,10 @@ BLOCK = 128  # elements that share a scale; 64 bytes of int4, 128 of int8
 _PIECE = 512 * BLOCK  # elements: values, residual and temporaries are then less than 1 MiB, a core's second cache
 _DECODED_PIECE = 2 * _PIECE  # which has no values and no residual beside it
 _STEP = 4 * _PIECE  # elements that are encoded before their bytes can be used, where these are in their order
+_ROW, _MANY_ROWS = (
+    4096,
+    64,
+)  # elements whose norm is taken at once, and how many such so that what is rounded averages out
 _ALIGNMENT = 8  # bytes: a run behind another one begins where numbers of any type may lie
 _LARGEST = 2.0**127  # more would not survive to be scaled back
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # the smallest normal number
@@ -130,6 +134,20 @@ class Codec(ABC):
         with torch.no_grad():
             self._decode(encoded, numel, out, start)
 
+    @torch.no_grad()
+    def squared_norm(self, encoded: Tensor, numel: int) -> float:
+        """The sum of the squares of the `numel` elements, to about 1 in 1,000; not finite where one of them is not.
+
+        In few and long calls, during which others may use the interpreter. Infinity for what fp32 cannot hold.
+        """
+        room = torch.empty(min(numel, _DECODED_PIECE))
+        total = 0.0
+        for start in range(0, numel, _DECODED_PIECE):
+            piece = room[: numel - start]
+            self.decode(encoded, numel, piece, start)
+            total += float(torch.linalg.vector_norm(piece)) ** 2
+        return total
+
     def cut(self, encoded: Tensor, numel: int, start: int, stop: int, out: Tensor) -> None:
         """Write the encoding of elements `start` to `stop`, whole blocks, of an encoded run of `numel` to `out`."""
         _require_bytes(encoded, self.encoded_bytes(numel))
@@ -197,6 +215,15 @@ class _Plain(Codec):
 
     def _decode(self, encoded: Tensor, numel: int, out: Tensor, start: int) -> None:
         out.copy_(encoded[: numel * self.dtype.itemsize].view(self.dtype)[start : start + out.numel()])
+
+    @torch.no_grad()
+    def squared_norm(self, encoded: Tensor, numel: int) -> float:
+        # Of rows, each of whose norms is rounded to the type of the elements; all of it in one call.
+        whole = numel // _ROW * _ROW if numel >= _MANY_ROWS * _ROW else 0
+        elements = encoded[: numel * self.dtype.itemsize].view(self.dtype)
+        norms = torch.linalg.vector_norm(elements[:whole].view(-1, _ROW), dim=1)
+        rest = elements[whole:].float()
+        return float(norms.float().square().sum()) + float(rest.square().sum())
 
     def _sections(self, numel: int, start: int, stop: int) -> list[tuple[int, int]]:  # noqa: ARG002
         return [(start * self.dtype.itemsize, stop * self.dtype.itemsize)]

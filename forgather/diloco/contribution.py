@@ -220,16 +220,18 @@ class Examination:
             self._next += 1
 
     def _square(self, number: int, room: Tensor) -> float:
+        each, encoded = self._part.header.slices[number], self._part.encoded(number)
+        decoder, is_difference = codec(self._part.header.codec), self._part.header.content == "differences"
+        base = box_of(self._published[each.name], each)
+        if is_difference and math.isfinite(square := decoder.squared_norm(encoded, each.numel)):
+            return square
         total = 0.0
-        header = self._part.header
-        each, decoder = header.slices[number], codec(header.codec)
-        encoded = self._part.encoded(number)
-        for start, base in pieces(box_of(self._published[each.name], each)):
-            piece = room[: base.numel()]
+        for start, values in pieces(base):
+            piece = room[: values.numel()]
             decoder.decode(encoded, each.numel, piece, start)
-            if header.content == "values":
-                torch.sub(base.reshape(-1), piece, out=piece)
-            square = float(piece.dot(piece))
+            if not is_difference:
+                torch.sub(values.reshape(-1), piece, out=piece)
+            square = float(torch.linalg.vector_norm(piece)) ** 2
             if not math.isfinite(square):
                 if not bool(piece.isfinite().all()):
                     raise ProtocolError(

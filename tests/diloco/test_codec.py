@@ -1,5 +1,6 @@
 """Codecs lose nothing that they do not give back, cut where blocks begin, and decode to the same bits everywhere."""
 
+import math
 import threading
 
 import pytest
@@ -246,3 +247,28 @@ def test_what_does_not_fit_is_not_begun():
         of.cut(encode(of, torch.zeros(300)), 300, 0, 64, torch.zeros(of.encoded_bytes(64), dtype=torch.uint8))
     with pytest.raises(AssertionError, match="one row of fp32"):
         of.encode(torch.zeros(300, dtype=torch.float64), encode(of, torch.zeros(300)))
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("numel", [0, 1, 130, 300_000, 1_000_000])
+def test_squared_norm_is_that_of_what_decodes(name: str, numel: int) -> None:
+    encoder = codec(name)
+    values = 1e-3 * torch.randn(numel, generator=torch.Generator().manual_seed(numel))
+    encoded = torch.empty(encoder.encoded_bytes(numel), dtype=torch.uint8)
+    encoder.encode(values, encoded)
+    decoded = torch.empty(numel)
+    encoder.decode(encoded, numel, decoded)
+    expected = float(decoded.double().square().sum())
+    assert encoder.squared_norm(encoded, numel) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("where", [0, 299_999])
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_squared_norm_is_not_finite_where_one_element_is_not(name: str, where: int, broken: float) -> None:
+    encoder, numel = codec(name), 300_000
+    values = torch.full((numel,), 1e-3)
+    values[where] = broken
+    encoded = torch.empty(encoder.encoded_bytes(numel), dtype=torch.uint8)
+    encoder.encode(values, encoded)
+    assert not math.isfinite(encoder.squared_norm(encoded, numel))
