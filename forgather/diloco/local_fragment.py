@@ -178,11 +178,13 @@ class LocalFragment:
             name = holding.slice.name
             values = new[name]
             if sent is not None:
+                # Of fp32 parameters this is their own memory, which costs a third of taking more.
                 progress = holding.local.reshape(-1).float().sub_(sent[name].to(holding.local.device))
-                values = values.to(holding.local.device).add(progress, alpha=alpha)
+                values = torch.add(values.to(holding.local.device), progress, alpha=alpha, out=progress)
             if len(holding.holders) > 1:
                 results[name] = values.cpu()
-            holding.local.copy_(values.view(holding.slice.sizes), non_blocking=True)
+            if values.data_ptr() != holding.local.data_ptr():
+                holding.local.copy_(values.view(holding.slice.sizes), non_blocking=True)
         others = [holding for holding in self.held if not holding.is_owned]
         results |= {holding.slice.name: torch.empty(holding.slice.numel) for holding in others}
         self.holdings.share(self.held, results)
