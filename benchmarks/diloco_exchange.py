@@ -177,8 +177,8 @@ def transport(plan: dict[str, Any]) -> None:
         brought_s = time.perf_counter() - begun
         client.save()
         want = WantValues(slices, version.number + 1)
+        begun = time.perf_counter()
         with client.values(0, want) as answer:
-            begun = time.perf_counter()
             assert answer is not None, "its version was saved"
             version = answer.header.version
             digests = [read_values(answer, each) for each in values]

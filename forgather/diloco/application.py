@@ -18,7 +18,7 @@ import errno
 import logging
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Self
 
 from aiohttp import web
@@ -26,6 +26,7 @@ from aiohttp.http_exceptions import BadHttpMessage
 
 from forgather.diloco.coordinator import Coordinator
 from forgather.diloco.downloads import ChangedError
+from forgather.diloco.fragment_values import Answer
 from forgather.diloco.messages import (
     MAX_HEADER_BYTES,
     Closed,
@@ -253,8 +254,7 @@ async def _values(request: web.Request) -> web.StreamResponse:
     response.content_length = answer.num_bytes + DIGEST_BYTES * len(answer.slices)
     idle_s, _ = request.app[_TIMES]
     await response.prepare(request)
-    # Made beside the sending, as soon as the values are there.
-    digesting = asyncio.create_task(coordinator.digests(answer))
+    digesting: asyncio.Task[list[bytes]] | None = None
     try:
         with answer.values.downloads.sending(worker or "", answer.slices):
             for block in answer.blocks():
@@ -263,10 +263,12 @@ async def _values(request: web.Request) -> web.StreamResponse:
                     continue
                 async with asyncio.timeout(idle_s):
                     await response.write(block)
+                # Beside the sending, when what was sent has been taken: who takes nothing gets no work done.
+                digesting = digesting or asyncio.create_task(coordinator.digests(answer))
                 coordinator.bytes_down += len(block)
                 if member is not None:
                     member.bytes_down += len(block)
-            digests = b"".join(await digesting)
+            digests = b"".join(await _digests(coordinator, answer, digesting))
             async with asyncio.timeout(idle_s):
                 await response.write(digests)
     except (ChangedError, TimeoutError):
@@ -275,11 +277,23 @@ async def _values(request: web.Request) -> web.StreamResponse:
             request.transport.abort()
         return response
     finally:
-        digesting.cancel()
-        await asyncio.gather(digesting, return_exceptions=True)
+        if digesting is not None:
+            digesting.cancel()
+            await asyncio.gather(digesting, return_exceptions=True)
         await coordinator.tell()  # a version may be waiting for it
     await response.write_eof()
     return response
+
+
+async def _digests(coordinator: Coordinator, answer: Answer, begun: asyncio.Task[list[bytes]] | None) -> list[bytes]:
+    """Those of an answer all of which was sent. ChangedError when there are other values by now."""
+    if begun is not None:
+        with suppress(TimeoutError):  # it had waited since the beginning, and the values may have come since
+            digests = await begun
+            if answer.is_current:
+                return digests
+            raise ChangedError
+    return await coordinator.digests(answer)
 
 
 async def _unit(request: web.Request) -> web.Response:

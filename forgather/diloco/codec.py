@@ -136,7 +136,7 @@ class Codec(ABC):
 
     @torch.no_grad()
     def squared_norm(self, encoded: Tensor, numel: int) -> float:
-        """The sum of the squares of the `numel` elements, to about 1 in 1,000; not finite where one of them is not.
+        """The sum of the squares of the `numel` elements, to about 1 in 100; not finite where one of them is not.
 
         In few and long calls, during which others may use the interpreter. Infinity for what fp32 cannot hold.
         """

@@ -5,6 +5,7 @@ from these tensors, no copy of the model is made for it: when a new version take
 broken off, and the worker asks again.
 """
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -54,6 +55,7 @@ class FragmentValues:
         self.step_s = inf  # what the last step took, until the values were published
         self.downloads = Downloads()
         self.digests: dict[Slice, bytes] = {}  # of the published values: a dict of its own for each state of them
+        self._digesting = threading.Lock()  # who asks for the same as another waits for it
 
     @property
     def numel(self) -> int:
@@ -118,11 +120,12 @@ class FragmentValues:
 
         Of values that move meanwhile it is wrong, and noted where nobody looks any more.
         """
-        if each not in known:
-            digest = xxhash.xxh3_64()
-            for _, piece in pieces(box_of(self.published[each.name], each)):
-                digest.update(raw_bytes(piece.contiguous()))
-            known[each] = digest.digest()
+        with self._digesting:
+            if each not in known:
+                digest = xxhash.xxh3_64()
+                for _, piece in pieces(box_of(self.published[each.name], each)):
+                    digest.update(raw_bytes(piece.contiguous()))
+                known[each] = digest.digest()
         return known[each]
 
     def answer(self, want: WantValues) -> "Answer":

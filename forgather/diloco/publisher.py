@@ -110,6 +110,7 @@ class Publisher:
         self._until = until
         self._stopped = stopped
         self._unsaved = 0  # versions since the last save
+        self._is_half = False  # the state is no longer that of one version, and not yet that of the next
         self.rates = Rates(outer)
         self._again: dict[tuple[int, int], Made] = {}  # by fragment and number: versions that are to be made again
         self._lock = asyncio.Lock()  # over outer steps and saving
@@ -179,6 +180,7 @@ class Publisher:
         there, before = self._fragments[fragment], self._fragments[fragment].version
         opened_at = self._rounds.rounds[fragment].opened_at
         await self._slow_ones(fragment)
+        contributors = [(held.worker, held.round) for held in helds]  # one may have another name by now
         taken = shares(helds, self._guard)
         version = Version(before.number + 1, lineage(before.lineage, taken))
         damping = 1.0
@@ -186,10 +188,13 @@ class Publisher:
             damping = self._staleness(max(0, before.number - helds[0].header.base.number))
         again = self._again.pop((fragment, version.number), None)
         is_again = again is not None and sorted(again.contributors) == sorted(contributors)
+        if again is not None and not is_again:  # the rest was to be made of what this should have become
+            self._again = {key: each for key, each in self._again.items() if key[0] != fragment}
         self.rates.apply()
         made = Made(contributors, again.rates if again is not None and is_again else self.rates.in_force)
         await self._retried(lambda: self._in_thread(lambda: self._journal.add(fragment, version, made)))
         step_began = time.perf_counter()
+        self._is_half = True
         there.begin()
         there.is_certain(version)
         await self._tell()
@@ -216,6 +221,7 @@ class Publisher:
         for held in helds:
             self._intake.drop(fragment, held.worker, held.round)
         self._intake.drop_past(fragment)
+        self._is_half = False
 
     async def _slow_ones(self, fragment: int) -> None:
         """Wait for answers that were broken off before by a new version, and would be by this one, too.
@@ -292,6 +298,11 @@ class Publisher:
                 raise ProtocolError(error.message, status=507, fix=error.fix) from error
 
     async def _save(self) -> None:
+        if self._is_half:
+            raise CheckpointError(
+                "an outer step has failed, and what it has left is half of a version: only what is on the disk is good",
+                fix="start the server again: it goes on from its newest checkpoint",
+            )
         self._state.document = self._document()  # here, where nobody changes it meanwhile
         # A step that is saved already is not written again, and what was set since is in the journal alone.
         may_clear = self._unsaved > 0 and not self._rounds.is_made_again
@@ -346,7 +357,7 @@ class Publisher:
     async def close(self) -> None:
         """Save what is not saved, where the disk takes it, and let go of everything."""
         try:
-            if self.trouble is None:
+            if self.trouble is None and not self._is_half:
                 await self._save()
         finally:
             self._thread.shutdown()

@@ -645,3 +645,44 @@ def test_a_training_has_one_name_for_good(tmp_path: Path) -> None:
             names.append(server.coordinator.settings.training)
     assert names[0] == names[1] != ""
     assert names[2] not in ("", names[0])
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_half_an_outer_step_is_never_saved(tmp_path: Path) -> None:
+    """Who waits for a save while a step fails would keep what has moved, and count what moved it again."""
+    is_stepping, go_on = threading.Event(), threading.Event()
+
+    class Failing(Nesterov):
+        def step(self, name: str, master: Tensor, mean: Tensor) -> None:
+            super().step(name, master, mean)
+            if float(master.flatten()[0]) > 1.5 and name == "b":
+                is_stepping.set()
+                assert go_on.wait(20)
+                raise MemoryError("no room for it")
+
+    first = {"a": torch.zeros(3), "b": torch.zeros(3)}
+    with running_server(tmp_path, first, outer=Failing(1.0, 0.0), save_every=4) as server:
+        worker = come(server, "a")[0]
+        worker.contribute(0, {name: torch.full((3,), -1.0) for name in first})
+        worker.taken(first, whole(first), at_least=1)
+        worker.contribute(1, {name: torch.full((3,), -1.0) for name in first})
+        assert is_stepping.wait(20)
+        replies: list[Reply] = []
+        saving = threading.Thread(target=lambda: replies.append(ask(server, "POST", "/v1/control/save")))
+        saving.start()
+        until(lambda: len(server.coordinator.publisher._lock._waiters or ()) > 0)
+        go_on.set()
+        saving.join(20)
+        assert replies[0].status == 507
+        assert "half of a version" in replies[0].json["error"]
+    saved = tmp_path / "checkpoints" / "step-00000000"
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.startswith("step")] == [saved.name]
+    with running_server(tmp_path, first, outer=Nesterov(1.0, 0.0)) as server:
+        assert server.status()["versions"] == [0]
+        worker = Speaker(server, "a")
+        worker.register()
+        for round in range(2):  # the first is made again, and the second once
+            worker.contribute(round, {name: torch.full((3,), -1.0) for name in first})
+            worker.taken(first, whole(first), at_least=round + 1)
+        for name in first:
+            assert torch.equal(server.published(name), torch.full((3,), 2.0))
