@@ -81,7 +81,7 @@ class Held:
         """Whether a part with this header is of the same contribution; if not, it is another try."""
         return all(
             getattr(self.header, name) == getattr(header, name)
-            for name in ("base", "content", "codec", "parts", "tokens", "steps")
+            for name in ("base", "content", "codec", "parts", "tokens", "steps", "origin")
         )
 
     def put(self, number: int, part: Part) -> None:

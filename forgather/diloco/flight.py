@@ -61,7 +61,7 @@ def take_off(
     `round` and `parts` go on with one that had begun before a restart; where its parts were made on another mesh, no
     rank makes another.
     """
-    learned = Learned(fragment, membership.request.worker, sent, tokens, steps, consumed)
+    learned = Learned(fragment, membership.request.worker, membership.origin, sent, tokens, steps, consumed)
     exchange = Exchange(
         fragment,
         membership,

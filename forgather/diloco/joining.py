@@ -125,20 +125,20 @@ def join(
     A server that stays away for `patience_s` is an error, unless it `may_be_away`: nothing is known of it then.
     """
     membership: Membership | None = None
-    request = Register("", "")
+    request, origin = Register("", ""), secrets.token_hex(8)
     found: Registered | ForgatherError | None = None
     if rank() == 0:
         try:
             request = introduction.request()
-            membership = Membership(address, request)
+            membership = Membership(address, request, origin)
             found = _reach(membership, patience_s, may_be_away, say)
         except ForgatherError as error:
             found = error
-    request, found = broadcast_object((request, found))
+    request, origin, found = broadcast_object((request, origin, found))
     if isinstance(found, ForgatherError):
         raise found
     if membership is None:
-        membership = Membership(address, request)
+        membership = Membership(address, request, origin)
         membership.registered = found
     return membership
 

@@ -13,6 +13,7 @@ class Learned:
 
     fragment: LocalFragment
     worker: str
+    origin: str
     sent: Numbers
     tokens: int
     steps: int
@@ -27,7 +28,9 @@ class Learned:
         fragment.require_finite(self.sent)
         content: Content = "differences" if as_differences or fragment.upload != "fp32" else "values"
         identity = Identity(self.worker, round, fragment.number, fragment.part or 0)
-        return fragment.part_of(identity, content, tokens=self.tokens, steps=self.steps, consumed=self.consumed)
+        return fragment.part_of(
+            identity, content, tokens=self.tokens, steps=self.steps, consumed=self.consumed, origin=self.origin
+        )
 
     def write(self, part: Part) -> None:
         """Write its payload; what goes wrong is raised to whoever waits for its bytes."""

@@ -116,7 +116,7 @@ class LocalFragment:
                 )
 
     def part_of(
-        self, identity: Identity, content: Content, *, tokens: int, steps: int, consumed: Mapping[str, int]
+        self, identity: Identity, content: Content, *, tokens: int, steps: int, consumed: Mapping[str, int], origin: str
     ) -> Part:
         """This rank's part of a contribution, whose payload is still to be written."""
         assert self.version is not None, "differences are from a version"
@@ -129,6 +129,7 @@ class LocalFragment:
             tokens=tokens,
             steps=steps,
             consumed=consumed,
+            origin=origin,
         )
         num_bytes = sum(self._lengths())
         spare, self._spare_payload = self._spare_payload, None

@@ -31,11 +31,15 @@ class Backoff:
 
 
 class Membership:
-    """One worker at one server, for all threads of this process. `times` is how often this process has registered."""
+    """One worker at one server, for all threads of this process. `times` is how often this process has registered.
 
-    def __init__(self, address: ServerAddress, request: Register) -> None:
+    `origin` names this start of the worker's processes, the same on all ranks.
+    """
+
+    def __init__(self, address: ServerAddress, request: Register, origin: str = "") -> None:
         self.address = address
         self.request = request
+        self.origin = origin
         self.times = 0
         self.registered: Registered | None = None
         self.settings: Settings | None = None  # under which the worker began; those of the server must go with them

@@ -25,7 +25,7 @@ from typing import Any, Literal, Self
 
 from forgather.errors import ForgatherError
 
-PROTOCOL = 2
+PROTOCOL = 3
 MAX_HEADER_BYTES = 16 << 20  # the slices of 100,000 parameters fit in
 WORKER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _LENGTH = struct.Struct(">I")
@@ -211,6 +211,8 @@ class Contribution:
 
     `content` is `differences` (base minus local; they apply to any version) or `values` (the local parameters
     themselves, fp32, which need the base they began from). The slices of all `parts` together make up the fragment.
+    `origin` names the start of the worker's processes that made it: a worker that was killed and has trained its steps
+    again may have other numbers, and parts of the two are not of one contribution.
     """
 
     base: Version
@@ -221,6 +223,7 @@ class Contribution:
     tokens: int = 1  # the weight in the mean; the same in all parts
     steps: int = 1
     consumed: Mapping[str, int] = field(default_factory=dict)  # rows of the run in it: first row -> how many
+    origin: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"base": self.base.to_json(), "slices": [each.to_json() for each in self.slices]}
@@ -237,6 +240,7 @@ class Contribution:
                 "tokens": int(tokens),
                 "steps": int(steps),
                 "consumed": dict(consumed),
+                "origin": str(origin),
             } if 1 <= parts <= 4096 and 1 <= tokens < 2**62 and steps >= 0 and _are_counts(list(consumed.values())):
                 return cls(
                     Version.from_json(base),
@@ -247,6 +251,7 @@ class Contribution:
                     tokens,
                     steps,
                     consumed,
+                    origin,
                 )
         raise ProtocolError("the header of a contribution lacks something, or has it in another form")
 

@@ -4,7 +4,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -107,12 +107,10 @@ def running_server(
     try:
         server = started.result(60)
         yield server
-        if thread.is_alive():
-            server.loop.call_soon_threadsafe(server.coordinator.shutdown)
     finally:
-        if started.done() and started.exception() is None and thread.is_alive():
-            with_server = started.result()
-            if not with_server.loop.is_closed():
-                with_server.loop.call_soon_threadsafe(with_server.coordinator.shutdown)
+        if started.done() and started.exception() is None:
+            ended = started.result()
+            with suppress(RuntimeError):  # its loop is closed: it has ended by itself
+                ended.loop.call_soon_threadsafe(ended.coordinator.shutdown)
         thread.join(30)
         assert not thread.is_alive(), "the server has not ended"

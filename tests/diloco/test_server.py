@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -704,3 +705,26 @@ def test_a_port_in_use_is_told(tmp_path: Path) -> None:
     with running_server(tmp_path, one(0.0)) as server, pytest.raises(ConfigError, match="cannot listen on") as refused:
         asyncio.run(serve_there(server))
     assert "--port" in str(refused.value.fix)
+
+
+def test_parts_of_a_worker_that_was_started_anew_do_not_go_with_those_of_before(tmp_path: Path) -> None:
+    first = {"v": torch.zeros(2), "w": torch.zeros(3)}
+    slices = {name: whole({name: value}) for name, value in first.items()}
+
+    def bring(worker: Speaker, part: int, value: float, origin: str) -> Any:
+        name = ("v", "w")[part]
+        mine = {name: torch.full_like(first[name], value)}
+        return worker.contribute(0, mine, part=part, slices=slices[name], parts=2, origin=origin).json
+
+    with running_server(tmp_path, first, num_workers=2) as server:
+        a, b = come(server, "a", "b")
+        assert bring(a, 0, -1.0, "before")["missing_parts"] == 1
+        assert bring(a, 1, -1.0, "before") == HELD
+        # Killed and started again, its steps have made other numbers.
+        assert bring(a, 0, -3.0, "after")["missing_parts"] == 1
+        b.contribute(0, {name: torch.full_like(value, -3.0) for name, value in first.items()})
+        assert server.status()["versions"] == [0]  # half of it is of before, so there is nothing to close
+        assert bring(a, 1, -3.0, "after") == HELD
+        a.taken(first, whole(first), at_least=1)
+        for name, value in first.items():
+            assert torch.equal(server.published(name), torch.full_like(value, 3.0))
