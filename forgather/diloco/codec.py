@@ -38,10 +38,8 @@ BLOCK = 128  # elements that share a scale; 64 bytes of int4, 128 of int8
 _PIECE = 512 * BLOCK  # elements: values, residual and temporaries are then less than 1 MiB, a core's second cache
 _DECODED_PIECE = 2 * _PIECE  # which has no values and no residual beside it
 _STEP = 4 * _PIECE  # elements that are encoded before their bytes can be used, where these are in their order
-_ROW, _MANY_ROWS = (
-    4096,
-    64,
-)  # elements whose norm is taken at once, and how many such so that what is rounded averages out
+_ROW = 4096  # elements whose norm is taken at once
+_MANY_ROWS = 64  # so many that the rounding of their norms averages out
 _ALIGNMENT = 8  # bytes: a run behind another one begins where numbers of any type may lie
 _LARGEST = 2.0**127  # more would not survive to be scaled back
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # the smallest normal number
