@@ -1,6 +1,6 @@
 """What one exchange costs: time against the line's rate and a bare socket copy, bytes against DDP, the server's memory.
 
-    python benchmarks/diloco_exchange.py                          1 GB of fp32 parameters; 16 GB of memory, 10 minutes
+    python benchmarks/diloco_exchange.py                          1 GB of fp32 parameters; 16 GB of memory, 20 minutes
     python benchmarks/diloco_exchange.py --megabytes 100          smaller
 
 As root with iproute2: two workers and a server are hosts of tests/lan.py. Each process is started anew, so a peak of
@@ -9,11 +9,12 @@ torchft==0.2.0`, which is no dependency of the project) nothing is compared with
 
 Between two exchanges the workers do nothing for as long as the server needs to save, as they would train then.
 
-Limits: an exchange takes at most 1.15 of its bytes over the line's rate; on loopback at least 0.6 of the speed of a
-bare socket copy of the bytes, and beside it stands the least that an exchange is on this machine (`hand_exchange.py`);
-the server's peak is at most 4 models + 0.5 GB; of a transfer that takes as long as the training beside it, 90 % is
-hidden, and no step is longer than 1.3 of the median; bytes of a step at a worker's interface, H = 500, are 980 (bf16)
-and 3,400 (int4) times less than DDP's; an exchange takes no longer than torchft's.
+Limits: an exchange takes at most 1.15 of its bytes over the line's rate; over loopback client and server together move
+bytes at 0.85 of the speed of a bare socket or more, each way, and a whole exchange stands beside the least that one is
+on this machine (`hand_exchange.py`); the server's peak is at most 4 models + 0.5 GB; of a transfer that takes as long
+as the training beside it, 90 % is hidden, and no step is longer than 1.3 of the median; bytes of a step at a worker's
+interface, H = 500, are 980 (bf16) and 3,400 (int4) times less than DDP's; an exchange takes no longer than torchft's.
+What a single run says of a longest step, and of 40 MB, is mostly noise: of these it is the median of five.
 """
 
 import argparse
@@ -50,6 +51,7 @@ TOKEN = "token-of-the-benchmark"
 NUM_BLOCKS = 20
 GBIT_BYTES_PER_S = 125e6
 H = 500  # inner steps to an exchange, where figures are per step
+TURNS = 5  # of what is noisy
 
 
 class Parameters(nn.Module):
@@ -83,8 +85,8 @@ def serve(plan: dict[str, Any]) -> None:
     from forgather.diloco.application import serving
     from forgather.diloco.coordinator import Coordinator
     from forgather.diloco.fragments import divide
-    from forgather.diloco.messages import Settings
     from forgather.diloco.outer import Nesterov
+    from forgather.diloco.settings import Settings
 
     model = make_model(plan["megabytes"])
     values = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -153,8 +155,9 @@ def transport(plan: dict[str, Any]) -> None:
     from forgather.diloco.client import Client
     from forgather.diloco.codec import codec
     from forgather.diloco.incoming import read_values
-    from forgather.diloco.messages import Contribution, Identity, Register, Slice, WantValues
+    from forgather.diloco.messages import Contribution, Identity, Slice, WantValues
     from forgather.diloco.payload import Payload
+    from forgather.diloco.presence import Register
 
     key = "key of the benchmark"
     client = Client(parse_address(plan["server"], token=TOKEN), plan["name"], key)
@@ -241,6 +244,7 @@ def train_torchft(plan: dict[str, Any]) -> None:
             if step == 1:
                 print("begun", flush=True)
                 sys.stdin.readline()
+            time.sleep(plan["pause_s"])
             begun = time.perf_counter()
             optimizer.step()
             seconds.append(time.perf_counter() - begun)
@@ -384,11 +388,9 @@ def ddp(hosts: Sequence[Host], megabytes: float, steps: int = 2) -> tuple[float,
     return max(map(statistics.median, seconds)), moved / steps
 
 
-def torchft_exchange_s(hosts: Sequence[Host], megabytes: float, steps: int = 3) -> float | None:
-    """Seconds of an exchange of torchft's DiLoCo; None where it is not there."""
-    if importlib.util.find_spec("torchft") is None:
-        return None
-    plan = {"megabytes": megabytes, "steps": steps, "lighthouse": f"{hosts[0].address}:29510"}
+def torchft_exchange_s(hosts: Sequence[Host], megabytes: float, pause_s: float, steps: int = 4) -> float:
+    """Seconds of an exchange of torchft's DiLoCo."""
+    plan = {"megabytes": megabytes, "steps": steps, "pause_s": pause_s, "lighthouse": f"{hosts[0].address}:29510"}
     shared = {"GLOO_SOCKET_IFNAME": "lan0"}
     one, other = (
         running(host, "torchft", plan | {"host": host.address, "name": f"worker{number}"}, **shared)
@@ -447,17 +449,38 @@ def on_the_lan(megabytes: float) -> list[Bar]:
                 f"{rate}, {small:g} MB: a step of DDP takes {step_s:.2f} s; an exchange {found.round_s:.2f} s, "
                 f"{found.round_s / H * 1000:.1f} ms a step with H = {H}: {step_s * H / found.round_s:.0f} times less"
             )
-            theirs_s = torchft_exchange_s(hosts[1:], small)
-            if theirs_s is None:
-                continue
-            for codec in ("bf16", "int8", "int4"):
-                ours_s = exchange(hosts, small, codec=codec, compute_s=_saving_s(small)).round_s
-                print(
-                    f"{rate}, {small:g} MB, {codec}: an exchange takes {ours_s:.2f} s, one of torchft {theirs_s:.2f} s"
-                )
-                if codec == "int4":
-                    bars.append(Bar(f"{rate}: {codec} over torchft", ours_s / theirs_s, "<=", 1.0))
+            bars += against_torchft(hosts, small, rate)
     return bars
+
+
+def against_torchft(hosts: Sequence[Host], megabytes: float, rate: str) -> list[Bar]:
+    """An exchange in int4, and one of torchft, in turns; and of the larger codecs one each."""
+    if importlib.util.find_spec("torchft") is None:
+        return []
+    pause_s = _saving_s(megabytes)
+    pairs = [
+        (
+            exchange(hosts, megabytes, codec="int4", compute_s=pause_s).round_s,
+            torchft_exchange_s(hosts[1:], megabytes, pause_s),
+        )
+        for _ in range(TURNS)
+    ]
+    ours, theirs = ([pair[side] for pair in pairs] for side in range(2))
+    larger = (
+        f"{codec} {exchange(hosts, megabytes, codec=codec, compute_s=pause_s).round_s:.2f} s"
+        for codec in ("bf16", "int8")
+    )
+    print(
+        f"{rate}, {megabytes:g} MB: an exchange in int4 takes {_spread(ours)} s, one of torchft {_spread(theirs)} s;",
+        *larger,
+    )
+    ratio = statistics.median(our / their for our, their in pairs)
+    return [Bar(f"{rate}: int4 over torchft", ratio, "<=", 1.0)]
+
+
+def _spread(values: Sequence[float]) -> str:
+    """The median, and from where to where they go."""
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def _saving_s(megabytes: float) -> float:
@@ -481,28 +504,30 @@ def streaming(hosts: Sequence[Host], megabytes: float) -> list[Bar]:
     num_fragments, sync_every, delay, steps = 4, 40, 8, 249
     transfer_s = exchange(hosts, megabytes).round_s
     compute_s = transfer_s / num_fragments / delay  # the steps beside a fragment's transfer take as long as it
-    found = exchange(
-        hosts,
-        megabytes,
-        steps=steps,
-        sync_every=sync_every,
-        num_fragments=num_fragments,
-        delay=delay,
-        compute_s=compute_s,
-        save_every=4,
-    )
-    # In the first turn of each fragment memory is touched for the first time.
-    seconds = found.seconds[0][sync_every + delay + 1 :]
-    added_s = sum(seconds) - len(seconds) * compute_s
-    hidden = 1 - added_s / (transfer_s * len(seconds) / sync_every)
-    longest = max(seconds) / statistics.median(seconds)
+    hidden, longest = [], []
+    for _ in range(TURNS):
+        found = exchange(
+            hosts,
+            megabytes,
+            steps=steps,
+            sync_every=sync_every,
+            num_fragments=num_fragments,
+            delay=delay,
+            compute_s=compute_s,
+            save_every=4,
+        )
+        # In the first turn of each fragment memory is touched for the first time.
+        seconds = found.seconds[0][sync_every + delay + 1 :]
+        added_s = sum(seconds) - len(seconds) * compute_s
+        hidden.append(1 - added_s / (transfer_s * len(seconds) / sync_every))
+        longest.append(max(seconds) / statistics.median(seconds))
     print(
-        f"streaming, {num_fragments} fragments: {added_s:.2f} s added to {len(seconds)} steps; {transfer_s:.2f} s a "
-        "transfer"
+        f"streaming, {num_fragments} fragments, {transfer_s:.2f} s a transfer, {compute_s:.3f} s a step: "
+        f"{_spread(hidden)} of it hidden; longest step over median {_spread(longest)}"
     )
     return [
-        Bar("streaming: share that is hidden", hidden, ">=", 0.9),
-        Bar("longest step over median", longest, "<=", 1.3),
+        Bar("streaming: share that is hidden", statistics.median(hidden), ">=", 0.9),
+        Bar("longest step over median", statistics.median(longest), "<=", 1.3),
     ]
 
 
@@ -530,7 +555,7 @@ def transport_bars(megabytes: float, turns: int = 7) -> list[Bar]:
         seconds = zip(("up, as bf16", "down, as values"), bare_s, ours_s, strict=True)
         print("loopback, the last turn:", *(f"{way} {our:.2f} s, bare {bare:.2f} s;" for way, bare, our in seconds))
     return [
-        Bar(f"loopback: bytes {way}, speed over a bare copy's", statistics.median(each), ">=", 0.6)
+        Bar(f"loopback: bytes {way}, speed over a bare copy's", statistics.median(each), ">=", 0.85)
         for way, each in zip(("up", "down"), speeds, strict=True)
     ]
 
@@ -544,13 +569,10 @@ def on_loopback(megabytes: float) -> list[Bar]:
     hand_s = hand_exchange_s(megabytes, pause_s=pause_s)
     print(
         f"loopback: an exchange takes {found.round_s:.2f} s, a bare copy of its {num_bytes / 1e9:.2f} GB {copy_s:.2f} "
-        f"s, the least that an exchange is here, written by hand, {hand_s:.2f} s"
+        f"s, the least that an exchange is here, written by hand, {hand_s:.2f} s: {copy_s / hand_s:.2f} of the copy's "
+        f"speed; ours has {hand_s / found.round_s:.2f} of that"
     )
-    return [
-        *transport_bars(megabytes),
-        Bar("loopback: an exchange, speed over a bare copy's", copy_s / found.round_s, ">=", 0.6),
-        Bar("loopback: an exchange, speed over the least one's", hand_s / found.round_s, ">=", 0.9),
-    ]
+    return transport_bars(megabytes)
 
 
 def main() -> int:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from forgather.checkpoint.run_folder import RunFolder
     from forgather.cli.diloco_model import ServedModel
-    from forgather.diloco.messages import Settings
     from forgather.diloco.outer import Outer
+    from forgather.diloco.settings import Settings
 
 CODECS = ("fp32", "bf16", "int8", "int4")
 DEFAULT_FOLDER = "runs/diloco"
@@ -229,7 +229,7 @@ def _model(options: Options) -> "ServedModel":
 
 def _settings(options: Options, model: "ServedModel") -> "Settings":
     from forgather.diloco.fragments import divide
-    from forgather.diloco.messages import Settings
+    from forgather.diloco.settings import Settings
 
     return Settings(
         parameters=model.shapes,

@@ -16,10 +16,10 @@ from forgather.diloco.application import serving
 from forgather.diloco.certificates import is_for
 from forgather.diloco.combine import Guard
 from forgather.diloco.coordinator import Coordinator
-from forgather.diloco.messages import Settings
 from forgather.diloco.outer import Outer
 from forgather.diloco.package_service import PackageArchive
 from forgather.diloco.record import RoundRecord, Sink
+from forgather.diloco.settings import Settings
 from forgather.diloco.views import views
 from forgather.distributed.network import interfaces
 from forgather.errors import EXIT_OK, EXIT_RESUMABLE, CheckpointError

@@ -18,40 +18,25 @@ import errno
 import logging
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
-from typing import Any, Self
+from contextlib import asynccontextmanager
 
 from aiohttp import web
 from aiohttp.http_exceptions import BadHttpMessage
 
-from forgather.diloco.coordinator import Coordinator
+from forgather.diloco.coordinator import STEP_WAIT_S, Coordinator
 from forgather.diloco.downloads import ChangedError
-from forgather.diloco.fragment_values import Answer
-from forgather.diloco.messages import (
-    MAX_HEADER_BYTES,
-    Closed,
-    Contribution,
-    Heartbeat,
-    Identity,
-    ProtocolError,
-    Register,
-    WantValues,
-    header_length,
-    parse_json,
-)
+from forgather.diloco.frame import MAX_HEADER_BYTES, ProtocolError, parse_json
+from forgather.diloco.messages import Closed, Contribution, Identity, WantValues
+from forgather.diloco.operating import operating
 from forgather.diloco.payload import DIGEST_BYTES
+from forgather.diloco.presence import Heartbeat, Register
+from forgather.diloco.request import COORDINATOR, MAX_JSON_BYTES, TIMES, Body, json_of, key_of
 from forgather.diloco.security import CHALLENGE, is_authorized
 from forgather.errors import ConfigError, ForgatherError
 
 IDLE_S = 30.0  # a client that sends nothing for so long has gone
 SLOWEST_BYTES_PER_S = 10_000  # and so has one that keeps its room for longer than this takes
-MAX_JSON_BYTES = 1 << 20
-MAX_PROBE_BYTES = 1 << 30
-KEY_HEADER = "X-Worker-Key"
-COORDINATOR = web.AppKey("coordinator", Coordinator)
 _TOKEN = web.AppKey("token", str)
-_TIMES = web.AppKey("times", tuple[float, float])
-_BLOCK = bytes(1 << 20)
 
 _LOG = logging.getLogger("forgather.diloco.http")
 # Whoever sends what is no HTTP is told so; a traceback for each would fill the server's log.
@@ -71,7 +56,7 @@ def make_application(
     """The routes of a server. Without a `token` everybody may speak; `extra` routes are guarded as all others are."""
     application = web.Application(middlewares=[_guarded, _answered], client_max_size=MAX_JSON_BYTES)
     application[COORDINATOR] = coordinator
-    application[_TIMES] = (idle_s, slowest_bytes_per_s)
+    application[TIMES] = (idle_s, slowest_bytes_per_s)
     if token is not None:
         application[_TOKEN] = token
     application.add_routes(
@@ -82,10 +67,7 @@ def make_application(
             web.put(r"/v1/contributions/{worker}/{round:\d+}/{fragment:\d+}/{part:\d+}", _contribute),
             web.post(r"/v1/values/{fragment:\d+}", _values),
             web.post("/v1/units", _unit),
-            web.get("/v1/settings", _settings),
-            web.get("/v1/status", _status),
-            web.post("/v1/control/{action}", _control),
-            web.post("/v1/probe", _probe),
+            *operating(),
             *extra,
         ]
     )
@@ -194,26 +176,26 @@ def _refusal(error: ForgatherError, status: int) -> web.Response:
 
 async def _register(request: web.Request) -> web.Response:
     coordinator = request.app[COORDINATOR]
-    registered = coordinator.register(Register.from_json(await _json(request)))
+    registered = coordinator.register(Register.from_json(await json_of(request)))
     return web.json_response(registered.to_json())
 
 
 async def _leave(request: web.Request) -> web.Response:
-    request.app[COORDINATOR].leave(request.match_info["worker"], _key(request))
+    request.app[COORDINATOR].leave(request.match_info["worker"], key_of(request))
     return web.json_response({})
 
 
 async def _beat(request: web.Request) -> web.Response:
-    heartbeat = Heartbeat.from_json(await _json(request))
-    beat = request.app[COORDINATOR].beat(request.match_info["worker"], _key(request), heartbeat)
+    heartbeat = Heartbeat.from_json(await json_of(request))
+    beat = request.app[COORDINATOR].beat(request.match_info["worker"], key_of(request), heartbeat)
     return web.json_response(beat.to_json())
 
 
 async def _contribute(request: web.Request) -> web.Response:
     coordinator = request.app[COORDINATOR]
     identity = _identity(request)
-    member = coordinator.members.require(identity.worker, _key(request))
-    blocks = _Blocks(request)
+    member = coordinator.members.require(identity.worker, key_of(request))
+    blocks = Body(request)
     header = Contribution.from_json(parse_json(await blocks.header()))
     await coordinator.check(header)
     plan = coordinator.intake.plan(identity, header)
@@ -244,15 +226,15 @@ async def _contribute(request: web.Request) -> web.Response:
 
 async def _values(request: web.Request) -> web.StreamResponse:
     coordinator = request.app[COORDINATOR]
-    want = WantValues.from_json(await _json(request, MAX_HEADER_BYTES))
-    member = coordinator.members.with_key(request.headers.get(KEY_HEADER, ""))
+    want = WantValues.from_json(await json_of(request, MAX_HEADER_BYTES))
+    member = coordinator.members.with_key(key_of(request))
     worker = None if member is None else member.name
     answer = await coordinator.answer(int(request.match_info["fragment"]), want, worker)
     if answer is None:
         return web.Response(status=204)
     response = web.StreamResponse(headers={"Content-Type": "application/octet-stream"})
     response.content_length = answer.num_bytes + DIGEST_BYTES * len(answer.slices)
-    idle_s, _ = request.app[_TIMES]
+    idle_s, _ = request.app[TIMES]
     await response.prepare(request)
     digesting: asyncio.Task[list[bytes]] | None = None
     try:
@@ -268,9 +250,13 @@ async def _values(request: web.Request) -> web.StreamResponse:
                 coordinator.bytes_down += len(block)
                 if member is not None:
                     member.bytes_down += len(block)
-            digests = b"".join(await _digests(coordinator, answer, digesting))
+            assert digesting is not None, "an answer has a header at least"
+            async with asyncio.timeout(STEP_WAIT_S):
+                digests = await digesting
+            if not answer.is_current:
+                raise ChangedError
             async with asyncio.timeout(idle_s):
-                await response.write(digests)
+                await response.write(b"".join(digests))
     except (ChangedError, TimeoutError):
         # Its length is told already: an answer that is too short is one to ask for again.
         if request.transport is not None:
@@ -285,128 +271,9 @@ async def _values(request: web.Request) -> web.StreamResponse:
     return response
 
 
-async def _digests(coordinator: Coordinator, answer: Answer, begun: asyncio.Task[list[bytes]] | None) -> list[bytes]:
-    """Those of an answer all of which was sent. ChangedError when there are other values by now."""
-    if begun is not None:
-        with suppress(TimeoutError):  # it had waited since the beginning, and the values may have come since
-            digests = await begun
-            if answer.is_current:
-                return digests
-            raise ChangedError
-    return await coordinator.digests(answer)
-
-
 async def _unit(request: web.Request) -> web.Response:
     coordinator = request.app[COORDINATOR]
-    return web.json_response(await coordinator.unit(await _json(request), _key(request)))
-
-
-async def _settings(request: web.Request) -> web.Response:
-    return web.json_response(request.app[COORDINATOR].settings.to_json())
-
-
-async def _status(request: web.Request) -> web.Response:
-    return web.json_response(request.app[COORDINATOR].status())
-
-
-async def _control(request: web.Request) -> web.Response:
-    coordinator = request.app[COORDINATOR]
-    controls = coordinator.controls
-    action = request.match_info["action"]
-    arguments = await _json(request) if request.can_read_body else {}
-    if not isinstance(arguments, dict):
-        raise ProtocolError("the arguments of a control are a JSON object")
-    match action, arguments:
-        case "save", {}:
-            return web.json_response({"step": await controls.save()})
-        case "drain", {}:
-            controls.drain()
-        case "shutdown", {}:
-            coordinator.shutdown()
-        case "kick", {"worker": str(worker)}:
-            controls.kick(worker)
-        case "set", {}:
-            return web.json_response(controls.set(**arguments))
-        case "command", {"command": str(command)}:
-            one = arguments.get("worker")
-            if one is not None and not isinstance(one, str):
-                raise ProtocolError("`worker` is a name, or null for all")
-            return web.json_response({"workers": controls.command(one, command)})
-        case (("kick" | "command"), _):
-            raise ProtocolError(f"{action} lacks an argument", fix='{"worker": NAME} for kick, {"command": ...}')
-        case _:
-            raise ProtocolError(
-                f"there is no control {action!r}", status=404, fix="save, drain, kick, shutdown, set or command"
-            )
-    return web.json_response({})
-
-
-async def _probe(request: web.Request) -> web.StreamResponse:
-    """Counts what comes, and sends as many bytes as `?send=` asks for: for measurements of the network."""
-    try:
-        wanted = int(request.query.get("send", "0"))
-    except ValueError:
-        raise ProtocolError("?send= is a number of bytes") from None
-    if not 0 <= wanted <= MAX_PROBE_BYTES or (request.content_length or 0) > MAX_PROBE_BYTES:
-        raise ProtocolError(f"a probe has at most {MAX_PROBE_BYTES:,} bytes", status=413)
-    blocks = _Blocks(request)
-    async for _ in blocks:
-        pass
-    if not wanted:
-        return web.json_response({"received": blocks.received})
-    response = web.StreamResponse(headers={"X-Received": str(blocks.received)})
-    response.content_length = wanted
-    await response.prepare(request)
-    for start in range(0, wanted, len(_BLOCK)):
-        async with asyncio.timeout(request.app[_TIMES][0]):
-            await response.write(_BLOCK[: wanted - start])
-    await response.write_eof()
-    return response
-
-
-class _Blocks:
-    """A request's body as it comes. TimeoutError for a client that stops, or is far too slow."""
-
-    def __init__(self, request: web.Request) -> None:
-        self._request = request
-        self._idle_s, slowest = request.app[_TIMES]
-        self._loop = asyncio.get_running_loop()
-        self._until = self._loop.time() + self._idle_s + (request.content_length or 0) / slowest
-        self.received = 0
-
-    @property
-    def remaining(self) -> int | None:
-        """The bytes that are still to come, by the Content-Length."""
-        length = self._request.content_length
-        return None if length is None else length - self.received
-
-    async def header(self) -> bytes:
-        """The header of a body with tensors."""
-        length = header_length(await self._exactly(4))
-        return await self._exactly(length)
-
-    def __aiter__(self) -> Self:
-        """What is left, as it comes."""
-        return self
-
-    async def __anext__(self) -> bytes:
-        block = self._request.content.read_nowait()  # what is there needs no timer
-        if not block:
-            async with asyncio.timeout_at(min(self._loop.time() + self._idle_s, self._until)):
-                block = await self._request.content.readany()
-        if not block:
-            raise StopAsyncIteration
-        self.received += len(block)
-        return block
-
-    async def _exactly(self, length: int) -> bytes:
-        try:
-            async with asyncio.timeout_at(min(self._loop.time() + 4 * self._idle_s, self._until)):
-                data = await self._request.content.readexactly(length)
-        except asyncio.IncompleteReadError:
-            raise ProtocolError("the body ends before its header does") from None
-        self.received += length
-        return data
+    return web.json_response(await coordinator.unit(await json_of(request), key_of(request)))
 
 
 def _identity(request: web.Request) -> Identity:
@@ -415,18 +282,3 @@ def _identity(request: web.Request) -> Identity:
     if len(numbers) != 3:
         raise ProtocolError("a round, a fragment and a part are numbers below 2**62", status=422)
     return Identity(found["worker"], *numbers)
-
-
-def _key(request: web.Request) -> str:
-    return request.headers.get(KEY_HEADER, "")
-
-
-async def _json(request: web.Request, most: int = MAX_JSON_BYTES) -> Any:
-    if (request.content_length or 0) > most:
-        raise ProtocolError(f"a body of {request.content_length:,} bytes; the most is {most:,}", status=413)
-    data = bytearray()
-    async for block in _Blocks(request):
-        data += block
-        if len(data) > most:
-            raise ProtocolError(f"a body of more than {most:,} bytes", status=413)
-    return parse_json(bytes(data))

@@ -15,22 +15,10 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from forgather.diloco.address import ServerAddress
-from forgather.diloco.messages import (
-    Accepted,
-    Beat,
-    Closed,
-    Contribution,
-    Heartbeat,
-    Identity,
-    Register,
-    Registered,
-    Values,
-    WantValues,
-    header_length,
-    pack_header,
-    parse_json,
-)
+from forgather.diloco.frame import header_length, pack_header, parse_json
+from forgather.diloco.messages import Accepted, Closed, Contribution, Identity, Values, WantValues
 from forgather.diloco.payload import DIGEST_BYTES, Payload
+from forgather.diloco.presence import Beat, Heartbeat, Register, Registered
 from forgather.diloco.work_units import Lease, Question
 from forgather.errors import DistributedError
 

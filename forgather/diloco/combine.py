@@ -17,8 +17,9 @@ import torch
 import xxhash
 from torch import Tensor
 
-from forgather.diloco.codec import Codec, codec
+from forgather.diloco.codec import codec
 from forgather.diloco.contribution import Held
+from forgather.diloco.encoding import Codec
 from forgather.diloco.pieces import PIECE, box_of, pieces
 from forgather.errors import ConfigError
 

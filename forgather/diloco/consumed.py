@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from forgather.diloco.messages import ProtocolError
+from forgather.diloco.frame import ProtocolError
 
 MOST_RANGES = 1 << 16  # in one part; a worker's rows of a round are a few ranges, where units were taken back some more
 

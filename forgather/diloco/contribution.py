@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from forgather.diloco.codec import codec
-from forgather.diloco.messages import Contribution, Identity, ProtocolError, Slice
+from forgather.diloco.frame import ProtocolError
+from forgather.diloco.messages import Contribution, Identity, Slice
 from forgather.diloco.pieces import PIECE, box_of, pieces
 from forgather.diloco.spool import Room
 

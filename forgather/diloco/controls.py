@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING, Any, cast
 
-from forgather.diloco.messages import Command, ProtocolError
+from forgather.diloco.frame import ProtocolError
+from forgather.diloco.presence import Command
 from forgather.errors import ConfigError
 
 if TYPE_CHECKING:

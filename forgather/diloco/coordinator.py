@@ -29,23 +29,17 @@ from forgather.diloco.controls import Controls
 from forgather.diloco.downloads import ChangedError
 from forgather.diloco.first_values import fragments_of, spool_budget
 from forgather.diloco.fragment_values import Answer
+from forgather.diloco.frame import ProtocolError
 from forgather.diloco.intake import Intake
 from forgather.diloco.ledger import Ledger
 from forgather.diloco.members import Member, Members
-from forgather.diloco.messages import (
-    Beat,
-    Contribution,
-    Heartbeat,
-    ProtocolError,
-    Register,
-    Registered,
-    Settings,
-    WantValues,
-)
+from forgather.diloco.messages import Contribution, WantValues
 from forgather.diloco.outer import staleness_weight
+from forgather.diloco.presence import Beat, Heartbeat, Register, Registered
 from forgather.diloco.publisher import OuterOptimizer, Publisher, StoppingError
 from forgather.diloco.rounds import Rounds
 from forgather.diloco.server_status import server_status
+from forgather.diloco.settings import Settings
 from forgather.diloco.spool import Spool
 from forgather.errors import CheckpointError
 
@@ -244,14 +238,12 @@ class Coordinator:
             raise TimeoutError
 
     async def digests(self, answer: Answer) -> list[bytes]:
-        """Those of the values that an answer leads to, once they are there.
+        """Those of the values that an answer leads to, once they are there. ChangedError when others are by then.
 
-        ChangedError when others are by then, TimeoutError when they are not in time.
+        However long that takes: whoever sends the answer knows how long somebody waits for them.
         """
         there = answer.values
-        await self.until(lambda: not (answer.is_current and there.coming == answer.version), STEP_WAIT_S)
-        if answer.is_current and there.coming == answer.version:
-            raise TimeoutError
+        await self.until(lambda: not (answer.is_current and there.coming == answer.version), None)
         if answer.is_current and there.version == answer.version:
             known = there.digests
             # Not in the threads that check: they end before the answers that are under way.
@@ -260,8 +252,8 @@ class Coordinator:
                 return digests
         raise ChangedError
 
-    async def until(self, condition: Callable[[], bool], seconds: float) -> bool:
-        """Wait until something that is told of makes `condition` true, but not longer than so many seconds."""
+    async def until(self, condition: Callable[[], bool], seconds: float | None) -> bool:
+        """Wait until something that is told of makes `condition` true, or the server ends, or for so many seconds."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds), self._changed:
                 await self._changed.wait_for(lambda: condition() or self.stopped.is_set())

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from forgather.checkpoint.storage import raw_bytes
 from forgather.diloco.fragment_values import FragmentValues
-from forgather.diloco.messages import Settings, Version
+from forgather.diloco.messages import Version
+from forgather.diloco.settings import Settings
 from forgather.errors import ConfigError
 
 _LEAST_BYTES = 64 << 20

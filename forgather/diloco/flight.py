@@ -7,7 +7,7 @@ from forgather.diloco.exchange import Exchange
 from forgather.diloco.learned import Learned
 from forgather.diloco.local_fragment import LocalFragment, Numbers, Part
 from forgather.diloco.membership import Membership
-from forgather.diloco.messages import Settings
+from forgather.diloco.settings import Settings
 
 
 @dataclass

@@ -9,7 +9,7 @@ import torch
 from forgather.diloco.agreement import Standing, agree
 from forgather.diloco.flight import Flight
 from forgather.diloco.membership import Membership
-from forgather.diloco.messages import Settings
+from forgather.diloco.settings import Settings
 from forgather.distributed.collectives import rank, sum_ranks, world_size
 from forgather.errors import DistributedError, ForgatherError
 

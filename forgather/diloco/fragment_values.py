@@ -16,11 +16,12 @@ import xxhash
 from torch import Tensor
 
 from forgather.checkpoint.storage import raw_bytes
-from forgather.diloco.codec import BLOCK
 from forgather.diloco.combine import Change
 from forgather.diloco.contribution import require_slices
 from forgather.diloco.downloads import ChangedError, Downloads
-from forgather.diloco.messages import Slice, Values, Version, WantValues, pack_header
+from forgather.diloco.encoding import BLOCK
+from forgather.diloco.frame import pack_header
+from forgather.diloco.messages import Slice, Values, Version, WantValues
 from forgather.diloco.pieces import box_of, pieces
 from forgather.diloco.slices import covering_ranges
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from forgather.checkpoint.storage import raw_bytes
 from forgather.diloco.client import Answer
-from forgather.diloco.codec import BLOCK, Codec
+from forgather.diloco.encoding import BLOCK, Codec
 from forgather.diloco.messages import Slice
 from forgather.diloco.pieces import PIECE
 from forgather.diloco.slices import covering_ranges, runs

@@ -13,10 +13,12 @@ import xxhash
 
 from forgather.diloco.contribution import Examination, Held, Part, Plan, plan_payload, require_whole
 from forgather.diloco.fragment_values import FragmentValues
+from forgather.diloco.frame import ProtocolError
 from forgather.diloco.members import Member
-from forgather.diloco.messages import Accepted, Closed, Contribution, Identity, ProtocolError, Settings
+from forgather.diloco.messages import Accepted, Closed, Contribution, Identity
 from forgather.diloco.payload import DIGEST_BYTES
 from forgather.diloco.rounds import Rounds, Verdict
+from forgather.diloco.settings import Settings
 from forgather.diloco.spool import Spool, refusal
 
 WAIT_S = 20.0  # for a round that is just being closed

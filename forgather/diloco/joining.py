@@ -11,8 +11,9 @@ from pathlib import Path
 from forgather.diloco.address import ServerAddress
 from forgather.diloco.client import UnreachableError
 from forgather.diloco.membership import Backoff, Membership
-from forgather.diloco.messages import WORKER_NAME, Register, Registered, Settings
+from forgather.diloco.presence import WORKER_NAME, Register, Registered
 from forgather.diloco.security import write_secret
+from forgather.diloco.settings import Settings
 from forgather.distributed.collectives import broadcast_object, rank
 from forgather.errors import ConfigError, DistributedError, ForgatherError
 

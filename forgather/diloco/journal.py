@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from forgather.checkpoint.part import write_all
-from forgather.diloco.messages import Version, parse_json
+from forgather.diloco.frame import parse_json
+from forgather.diloco.messages import Version
 from forgather.durable import sync
 from forgather.errors import CheckpointError
 

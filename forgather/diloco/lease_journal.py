@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from forgather.diloco.messages import parse_json
+from forgather.diloco.frame import parse_json
 from forgather.diloco.work_units import Lease, Question, WorkUnits
 from forgather.durable import sync
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any, Literal
 
-from forgather.diloco.messages import STRENGTH, Beat, Command, Heartbeat, ProtocolError, Register
+from forgather.diloco.frame import ProtocolError
+from forgather.diloco.presence import STRENGTH, Beat, Command, Heartbeat, Register
 
 _SILENCE_S = 30.0  # after which a process that was removed has ended, where leases do not run out
 _MOST = 200  # letters of what a worker says of itself

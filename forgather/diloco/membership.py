@@ -7,7 +7,8 @@ from typing import Any
 
 from forgather.diloco.address import ServerAddress
 from forgather.diloco.client import CONNECT_S, Client, UnknownWorkerError, UnreachableError
-from forgather.diloco.messages import Beat, Heartbeat, Register, Registered, Settings
+from forgather.diloco.presence import Beat, Heartbeat, Register, Registered
+from forgather.diloco.settings import Settings
 from forgather.errors import ConfigError, ForgatherError, TrainingError
 
 # What a server that was started again may have changed without changing what its workers do.

@@ -1,49 +1,19 @@
-"""What server and workers say to one another: plain data with JSON forms, checked on arrival, and the frame of a body.
+"""How numbers are named and exchanged: plain data with JSON forms, checked on arrival.
 
 A *fragment* is a group of parameters that is exchanged as one. Its *version* is how many outer steps were made on it;
 round r of a fragment is the one that makes version r + 1 of version r. A *lineage* names the values of a version: it is
 a digest of all contributions that made them, so that two versions of one number are never taken for each other.
 
-A body with tensors is
-
-    4 bytes     length of the header, big-endian
-    header      JSON in UTF-8
-    payload     the slices that the header lists, one after the other, each as its codec encodes it
-    digests     8 bytes each: of the payload, to the server; of the values that each slice leads to, to a worker
-
-Digests come last, so that a payload can be sent while it is made.
-
 Nothing is unpickled, and no memory is taken for a payload before its header is known to fit the model.
 """
 
-import json
-import re
-import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self
 
-from forgather.errors import ForgatherError
+from forgather.diloco.frame import ProtocolError, shown
 
-PROTOCOL = 3
-MAX_HEADER_BYTES = 16 << 20  # the slices of 100,000 parameters fit in
-WORKER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-_LENGTH = struct.Struct(">I")
-
-Mode = Literal["sync", "async"]
-# What a server tells a worker: to save; to save and end, keeping what it has not sent; to send that, and then save and
-# end; to end at once.
-Command = Literal["save", "stop", "drain", "abort"]
-STRENGTH: Sequence[Command | None] = (None, "save", "drain", "stop", "abort")  # a later one outdoes those before it
 Content = Literal["values", "differences", "change"]
-
-
-class ProtocolError(ForgatherError):
-    """A message that does not say what it must; `status` is the HTTP status that answers it."""
-
-    def __init__(self, message: str, *, status: int = 400, fix: str | None = None) -> None:
-        super().__init__(message, fix=fix)
-        self.status = status
 
 
 @dataclass(frozen=True)
@@ -69,7 +39,7 @@ class Slice:
         match value:
             case [str(name), list(offsets), list(sizes)] if _are_counts(offsets) and _are_counts(sizes):
                 return cls(name, tuple(offsets), tuple(sizes))
-        raise ProtocolError(f"{_shown(value)} is no slice: [name, offsets, sizes]")
+        raise ProtocolError(f"{shown(value)} is no slice: [name, offsets, sizes]")
 
     def require_inside(self, parameters: Mapping[str, Sequence[int]]) -> None:
         """ProtocolError unless the box lies in the parameter of its name."""
@@ -100,99 +70,7 @@ class Version:
         match value:
             case [int(number), str(lineage)] if number >= 0 and not isinstance(number, bool):
                 return cls(number, lineage)
-        raise ProtocolError(f"{_shown(value)} is no version: [number, lineage]")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What must be the same on all machines. The server's are in force, and workers follow them."""
-
-    parameters: Mapping[str, Sequence[int]]  # name: shape, in the model's order
-    fragments: Sequence[Sequence[str]]  # names, in the model's order
-    mode: Mode = "sync"
-    sync_every: int = 500  # inner steps between two exchanges of a fragment: H
-    upload: str = "bf16"  # codec of what workers send
-    download: str = "bf16"  # codec of what comes back
-    delay: int = 0  # inner steps that a worker trains on while an exchange is under way
-    alpha: float = 1.0  # which part of the progress made meanwhile is kept on top of the new values
-    dylu: bool = False  # whether slower workers make fewer steps between exchanges
-    round_seconds: float | None = None  # rounds of fixed time instead of fixed steps
-    heartbeat_s: float = 5.0
-    lease_s: float = 30.0  # a worker that is silent for so long is gone
-    package: str | None = None  # digests; null for what nobody has said yet
-    tokenizer: str | None = None
-    data: str | None = None
-    work_units: int = 0  # units that the order of samples is leased in; 0: each worker has its own order
-    training: str = ""  # which training it is: the name that a server gives it in the beginning, for good
-    protocol: int = PROTOCOL
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {
-            "parameters": {name: list(shape) for name, shape in self.parameters.items()},
-            "fragments": [list(names) for names in self.fragments],
-        }
-
-    @classmethod
-    def from_json(cls, value: Any) -> Self:
-        known = {each.name for each in fields(cls)}
-        if not isinstance(value, dict) or value.get("protocol") != PROTOCOL:
-            spoken = value.get("protocol") if isinstance(value, dict) else None
-            raise ProtocolError(
-                f"the server, or the checkpoint of a worker, speaks protocol {spoken}, and this version {PROTOCOL}",
-                fix="install the same version of forgather on all machines, and begin the run with it",
-            )
-        return cls(**{name: each for name, each in value.items() if name in known})
-
-
-@dataclass(frozen=True)
-class Register:
-    """A worker comes, or comes back. `key` is known to that worker alone: another with its name is refused."""
-
-    worker: str
-    key: str
-    host: str = ""
-    mesh: str = ""
-    package: str | None = None
-    tokenizer: str | None = None
-    data: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: Any) -> Self:
-        texts = {each.name: value.get(each.name) for each in fields(cls)} if isinstance(value, dict) else {}
-        optional = ("package", "tokenizer", "data")
-        for name, text in texts.items():
-            if not isinstance(text, str) and not (name in optional and text is None):
-                raise ProtocolError(f"a registration says {name}: {_shown(text)}, which is no text")
-        if not texts or not WORKER_NAME.fullmatch(texts["worker"] or "") or len(texts["key"] or "") < 16:
-            raise ProtocolError("a registration needs a worker's name (letters, digits, _ . -) and its key")
-        return cls(**texts)  # type: ignore[arg-type]  # each was looked at above
-
-
-@dataclass(frozen=True)
-class Registered:
-    """The answer: the settings, and the version of each fragment that a worker without values begins with.
-
-    `server` names the process that answers: another one does not have what this one held in its memory.
-    """
-
-    settings: Settings
-    versions: Sequence[Version]
-    server: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "settings": self.settings.to_json(),
-            "versions": [version.to_json() for version in self.versions],
-            "server": self.server,
-        }
-
-    @classmethod
-    def from_json(cls, value: Any) -> Self:
-        versions = [Version.from_json(each) for each in value["versions"]]
-        return cls(Settings.from_json(value["settings"]), versions, str(value["server"]))
+        raise ProtocolError(f"{shown(value)} is no version: [number, lineage]")
 
 
 @dataclass(frozen=True)
@@ -347,80 +225,5 @@ class Values:
         return cls(Version.from_json(value["version"]), value["content"], value["codec"], value["durable"])
 
 
-@dataclass(frozen=True)
-class Heartbeat:
-    """A worker lives, and how it is doing.
-
-    `heard` is the number of the last command that it has heard, 0 for none. One that does not say is told each command
-    once, whether the answer reaches it or not.
-    """
-
-    steps: int
-    steps_per_s: float | None = None
-    tokens_per_s: float | None = None
-    loss: float | None = None
-    heard: int | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: Any) -> Self:
-        if not isinstance(value, dict) or not isinstance(value.get("steps"), int):
-            raise ProtocolError("a heartbeat says how many steps were made")
-        numbers = {}
-        for name in ("steps_per_s", "tokens_per_s", "loss"):
-            number = value.get(name)
-            numbers[name] = float(number) if isinstance(number, int | float) else None
-        heard = value.get("heard")
-        return cls(value["steps"], **numbers, heard=heard if isinstance(heard, int) else None)
-
-
-@dataclass(frozen=True)
-class Beat:
-    """The answer: what the worker is to do, and how many inner steps it makes to an exchange.
-
-    A command is told again until a heartbeat says that its `number` was heard.
-    """
-
-    sync_every: int
-    command: Command | None = None
-    number: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def pack_header(header: Mapping[str, Any]) -> bytes:
-    """The frame's beginning, up to where the payload starts."""
-    data = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
-    return _LENGTH.pack(len(data)) + data
-
-
-def header_length(data: bytes) -> int:
-    """How long the header is, from the first 4 bytes of a body."""
-    (length,) = _LENGTH.unpack(data)
-    if not 2 <= length <= MAX_HEADER_BYTES:
-        raise ProtocolError(f"a header of {length:,} bytes; the most is {MAX_HEADER_BYTES:,}", status=413)
-    return int(length)
-
-
-def parse_json(data: bytes) -> Any:
-    """JSON as a message has it: without NaN and without a traceback for what is none."""
-    try:
-        return json.loads(data, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise ProtocolError(f"this is no JSON: {error}") from None
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
-
-
 def _are_counts(values: Sequence[Any]) -> bool:
     return all(isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62 for value in values)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -17,7 +17,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from forgather.diloco.address import ServerAddress
-from forgather.diloco.messages import ProtocolError
+from forgather.diloco.frame import ProtocolError
 from forgather.diloco.security import SecurityError
 from forgather.durable import appearing
 from forgather.errors import DistributedError, ModelError

@@ -31,10 +31,11 @@ from forgather.checkpoint.store import CheckpointStore
 from forgather.diloco.combine import Guard, Share, combine, lineage, shares
 from forgather.diloco.contribution import Held
 from forgather.diloco.fragment_values import FragmentValues
+from forgather.diloco.frame import ProtocolError
 from forgather.diloco.intake import Intake
 from forgather.diloco.journal import Journal, Made
 from forgather.diloco.ledger import Ledger
-from forgather.diloco.messages import ProtocolError, Version
+from forgather.diloco.messages import Version
 from forgather.diloco.rates import Rates
 from forgather.diloco.rounds import Rounds
 from forgather.diloco.server_state import OuterState, ServerState

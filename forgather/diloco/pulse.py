@@ -2,7 +2,7 @@
 
 import time
 
-from forgather.diloco.messages import STRENGTH, Beat, Command, Heartbeat
+from forgather.diloco.presence import STRENGTH, Beat, Command, Heartbeat
 
 
 class Pace:

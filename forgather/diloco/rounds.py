@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from forgather.diloco.counted import Counted
+from forgather.diloco.frame import ProtocolError
 from forgather.diloco.members import Members
-from forgather.diloco.messages import Closed, Mode, ProtocolError, Version
+from forgather.diloco.messages import Closed, Version
+from forgather.diloco.settings import Mode
 from forgather.errors import ConfigError
 
 Member: TypeAlias = tuple[str, int]  # a worker, and the round that its contribution names

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from forgather.diloco.fragments import due, require_schedule
-from forgather.diloco.messages import Settings
+from forgather.diloco.settings import Settings
 from forgather.distributed.collectives import max_ranks, rank
 
 

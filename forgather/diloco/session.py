@@ -10,9 +10,10 @@ from forgather.diloco.farewell import let_server_save, take_leave
 from forgather.diloco.flights import Flights, Waiting
 from forgather.diloco.local_fragment import LocalFragment
 from forgather.diloco.membership import Heartbeats, Membership
-from forgather.diloco.messages import Beat, Settings
+from forgather.diloco.presence import Beat
 from forgather.diloco.pulse import Pulse
 from forgather.diloco.schedule import Schedule
+from forgather.diloco.settings import Settings
 from forgather.diloco.turns import Turns
 from forgather.distributed.collectives import max_ranks, rank
 from forgather.errors import ForgatherError

@@ -19,7 +19,7 @@ from typing import IO, Protocol
 import torch
 from torch import Tensor
 
-from forgather.diloco.messages import ProtocolError
+from forgather.diloco.frame import ProtocolError
 
 _BATCH_BYTES = 1 << 20
 _WORTH_BYTES = 4 << 20  # less memory than this is not worth to divide a part for

@@ -11,8 +11,8 @@ from forgather.diloco.flight import Flight, take_off
 from forgather.diloco.flights import Flights
 from forgather.diloco.local_fragment import LocalFragment
 from forgather.diloco.membership import Membership
-from forgather.diloco.messages import Settings
 from forgather.diloco.schedule import Schedule
+from forgather.diloco.settings import Settings
 from forgather.diloco.worker_state import Restored
 from forgather.distributed import collectives
 

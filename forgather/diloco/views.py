@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 from aiohttp import web
 
-from forgather.diloco.application import COORDINATOR
-from forgather.diloco.messages import ProtocolError
+from forgather.diloco.frame import ProtocolError
 from forgather.diloco.package_service import DIGEST_HEADER, PackageArchive
 from forgather.diloco.page import HEADERS, page
 from forgather.diloco.prometheus import CONTENT_TYPE, exposition
+from forgather.diloco.request import COORDINATOR
 
 
 def views(package: PackageArchive | None = None) -> Sequence[web.RouteDef]:

@@ -17,7 +17,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Self
 
-from forgather.diloco.messages import WORKER_NAME, ProtocolError
+from forgather.diloco.frame import ProtocolError
+from forgather.diloco.presence import WORKER_NAME
 from forgather.diloco.spans import Spans
 from forgather.errors import ConfigError
 

@@ -31,10 +31,10 @@ from forgather.diloco.joining import Introduction, join
 from forgather.diloco.lease_desk import LeaseDesk
 from forgather.diloco.local_fragment import LocalFragment
 from forgather.diloco.membership import Membership, require_parameters, require_same
-from forgather.diloco.messages import Settings
 from forgather.diloco.pulse import Pulse
 from forgather.diloco.schedule import Schedule
 from forgather.diloco.session import Session, leave
+from forgather.diloco.settings import Settings
 from forgather.diloco.slices import Holdings
 from forgather.diloco.turns import Turns
 from forgather.diloco.worker_state import Restored

@@ -32,8 +32,8 @@ from forgather.checkpoint.store import CheckpointStore
 from forgather.diloco.address import parse_address
 from forgather.diloco.application import serving
 from forgather.diloco.coordinator import Coordinator
-from forgather.diloco.messages import Settings
 from forgather.diloco.outer import Nesterov
+from forgather.diloco.settings import Settings
 from forgather.diloco.worker import DiLoCo
 from tests.proxy import Proxy
 from tests.ranks import FORKSERVER

@@ -15,9 +15,9 @@ from torch import Tensor
 from forgather.checkpoint.run_folder import RunFolder
 from forgather.diloco.application import serving
 from forgather.diloco.coordinator import Coordinator
-from forgather.diloco.messages import Settings
 from forgather.diloco.outer import Nesterov
 from forgather.diloco.publisher import OuterOptimizer
+from forgather.diloco.settings import Settings
 
 T = TypeVar("T")
 TOKEN = "token-of-the-tests"

@@ -11,8 +11,10 @@ import xxhash
 from torch import Tensor
 
 from forgather.checkpoint.storage import raw_bytes
-from forgather.diloco.codec import BLOCK, codec
-from forgather.diloco.messages import Contribution, Slice, Values, Version, WantValues, pack_header
+from forgather.diloco.codec import codec
+from forgather.diloco.encoding import BLOCK
+from forgather.diloco.frame import pack_header
+from forgather.diloco.messages import Contribution, Slice, Values, Version, WantValues
 from forgather.diloco.pieces import box_of
 from forgather.diloco.slices import covering_ranges
 from tests.diloco.running_server import RunningServer

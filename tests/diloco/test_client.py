@@ -11,19 +11,10 @@ import torch
 
 from forgather.diloco.address import ServerAddress
 from forgather.diloco.client import Client, UnknownWorkerError, UnreachableError
-from forgather.diloco.messages import (
-    Accepted,
-    Closed,
-    Contribution,
-    Heartbeat,
-    Identity,
-    Slice,
-    Values,
-    Version,
-    WantValues,
-    pack_header,
-)
+from forgather.diloco.frame import pack_header
+from forgather.diloco.messages import Accepted, Closed, Contribution, Identity, Slice, Values, Version, WantValues
 from forgather.diloco.payload import Payload
+from forgather.diloco.presence import Heartbeat
 from forgather.errors import DistributedError, ForgatherError
 
 TOKEN = "a-token-that-is-not-to-be-seen"

@@ -6,7 +6,8 @@ import threading
 import pytest
 import torch
 
-from forgather.diloco.codec import BLOCK, CODEC_NAMES, Codec, codec
+from forgather.diloco.codec import CODEC_NAMES, codec
+from forgather.diloco.encoding import BLOCK, Codec
 from forgather.errors import ConfigError
 
 BLOCKWISE = ("int8", "int4")

@@ -20,7 +20,8 @@ from forgather.diloco.contribution import (
     require_slices,
     require_whole,
 )
-from forgather.diloco.messages import Contribution, Identity, ProtocolError, Slice, Version
+from forgather.diloco.frame import ProtocolError
+from forgather.diloco.messages import Contribution, Identity, Slice, Version
 from forgather.diloco.outer import Nesterov, TorchOuter
 from forgather.diloco.pieces import box_of, pieces
 from forgather.errors import ConfigError

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from forgather.diloco.messages import pack_header
+from forgather.diloco.frame import pack_header
 from tests.diloco.running_server import RunningServer, running_server, settings_of
 from tests.diloco.speaking import Speaker, ask, body_of
 from tests.diloco.test_server import HELD, come, put_head, values

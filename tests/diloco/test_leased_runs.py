@@ -14,9 +14,9 @@ from forgather import Project
 from forgather.data.loader import Loader
 from forgather.data.order import Permutation
 from forgather.diloco.address import ServerAddress
+from forgather.diloco.frame import ProtocolError
 from forgather.diloco.lease_desk import LeaseDesk
 from forgather.diloco.leased_order import LeasedOrder
-from forgather.diloco.messages import ProtocolError
 from forgather.diloco.worker import DiLoCo
 from forgather.distributed.collectives import max_ranks, rank, world_size
 from forgather.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_RESUMABLE, DataError

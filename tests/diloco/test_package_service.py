@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from forgather.diloco.messages import ProtocolError
+from forgather.diloco.frame import ProtocolError
 from forgather.diloco.package_service import PackageArchive, package_digest, stage
 from forgather.diloco.security import SecurityError
 from forgather.errors import DistributedError, ForgatherError, ModelError

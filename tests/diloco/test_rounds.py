@@ -4,8 +4,10 @@ from collections.abc import Sequence
 
 import pytest
 
+from forgather.diloco.frame import ProtocolError
 from forgather.diloco.members import Members
-from forgather.diloco.messages import Beat, Closed, Heartbeat, ProtocolError, Register, Version
+from forgather.diloco.messages import Closed, Version
+from forgather.diloco.presence import Beat, Heartbeat, Register
 from forgather.diloco.pulse import Pulse
 from forgather.diloco.rounds import Rounds
 from forgather.errors import ConfigError

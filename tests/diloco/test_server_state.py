@@ -23,8 +23,9 @@ from forgather.cli.main import main
 from forgather.diloco import publisher, server_state
 from forgather.diloco.fragment_values import FragmentValues
 from forgather.diloco.journal import Journal, Made
-from forgather.diloco.messages import Settings, Version
+from forgather.diloco.messages import Version
 from forgather.diloco.outer import DelayedNesterov, Nesterov
+from forgather.diloco.settings import Settings
 from forgather.errors import CheckpointError
 from tests.diloco.running_server import RunningServer, running_server, settings_of
 from tests.diloco.speaking import Reply, Speaker, ask, whole

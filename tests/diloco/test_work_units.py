@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forgather.diloco.consumed import require_leased
+from forgather.diloco.frame import ProtocolError
 from forgather.diloco.lease_journal import LeaseJournal
-from forgather.diloco.messages import ProtocolError
 from forgather.diloco.spans import Spans
 from forgather.diloco.work_units import KEPT_LEASES, Lease, Question, WorkUnits
 from forgather.errors import ConfigError

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from forgather.diloco.messages import ProtocolError
+from forgather.diloco.frame import ProtocolError
 from tests.diloco.loops import address_of, equals_server, sgd, small_model, train, values_of, worker
 from tests.diloco.running_server import RunningServer, running_server, settings_of
 from tests.diloco.test_exchange import VALUES, Counter, published

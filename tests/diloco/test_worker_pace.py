@@ -3,7 +3,7 @@
 import threading
 import time
 
-from forgather.diloco.messages import STRENGTH, Beat
+from forgather.diloco.presence import STRENGTH, Beat
 from forgather.diloco.pulse import Pace, Pulse
 from tests.diloco.bad_wire import BadWire
 from tests.diloco.loops import address_of
