@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,15 +106,16 @@ def client_of(world: World, worker: str) -> Client:
     return Client(parse_address(f"127.0.0.1:{world.port}", token=TOKEN), worker, key)
 
 
-def contribute(client: Client, round: int, value: float) -> object:
-    """Send a contribution in which every number is `value`, and give the answer."""
+def contribute(world: World, worker: str, round: int, value: float) -> object:
+    """Send a contribution of a worker in which every number is `value`, and give the answer."""
     values = parameters_of(make_model())
     slices = [Slice(name, (0,) * each.ndim, tuple(each.shape)) for name, each in values.items()]
     payload = torch.full((sum(each.numel for each in slices),), value, dtype=torch.bfloat16).view(torch.uint8)
     # Each slice is encoded to a multiple of 8 bytes.
     payload = torch.cat([_padded(each) for each in payload.split([2 * each.numel for each in slices])])
     header = Contribution(Version(round, ""), "differences", "bf16", slices, tokens=16)
-    return client.send(Identity(client.worker, round, 0), header, Payload.whole(payload))
+    with closing(client_of(world, worker)) as client:
+        return client.send(Identity(worker, round, 0), header, Payload.whole(payload))
 
 
 def _padded(encoded: torch.Tensor) -> torch.Tensor:
@@ -195,7 +197,7 @@ def replayed(world: World) -> str:
     a, b = world.start_worker("a", pause_s=0.1), world.start_worker("b", pause_s=0.1)
     b.wait_for("step", 5)
     for round in (0, 1):
-        assert contribute(client_of(world, "b"), round, 3.0) == Accepted("counted")
+        assert contribute(world, "b", round, 3.0) == Accepted("counted")
     return end_undisturbed(world, a, b)
 
 
@@ -310,9 +312,15 @@ def learns_nan(world: World) -> str:
 def sends_nan(world: World) -> str:
     a, b = world.start_worker("a", pause_s=0.1), world.start_worker("b", pause_s=0.1)
     b.wait_for("step", 3)
+    for worker in (a, b):  # whichever round is open then stays so
+        worker.stop()
+    time.sleep(0.2)
+    open_round = world.status()["versions"][0]
     for value in (float("nan"), float("inf")):
         with pytest.raises(ForgatherError, match="finite"):
-            contribute(client_of(world, "b"), 1, value)
+            contribute(world, "b", open_round, value)
+    for worker in (a, b):
+        worker.go_on()
     outcome = end_undisturbed(world, a, b)
     return f"refused; {outcome}"
 
