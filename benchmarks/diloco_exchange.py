@@ -581,6 +581,7 @@ def main() -> int:
     parser.add_argument("--process", choices=["serve", "work", "transport", "ddp", "torchft"], help=argparse.SUPPRESS)
     parser.add_argument("--plan", type=json.loads, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # as commands have it, and so has whoever is compared with
     if given.process is not None:
         torch.set_num_threads(
             os.cpu_count() or 1 if given.process == "serve" else 1
