@@ -9,6 +9,7 @@ EXIT_INTERNAL = 1
 EXIT_USER = 2
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, as shells report it: whoever read the output (`| head`) has gone
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it: a person ended it, and nothing was saved
+EXIT_UNAVAILABLE = 69  # EX_UNAVAILABLE of sysexits.h: what it needs is not there now, and may be there later
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: the run was interrupted, and the same command continues it
 
 
@@ -54,6 +55,12 @@ class CheckpointError(ForgatherError):
 
 class DistributedError(ForgatherError):
     """Mesh, batch or ranks do not fit together."""
+
+
+class UnavailableError(DistributedError):
+    """Another machine that is needed cannot be reached now. Nothing is to be mended here: it may be there later."""
+
+    exit_code = EXIT_UNAVAILABLE
 
 
 class TrainingError(ForgatherError):

@@ -17,7 +17,7 @@ from forgather.conversion.weight_sources import HUGGING_FACE_FILES
 from forgather.conversion.weights_in import load_weights
 from forgather.data.tokenizers import tokenizer_digest
 from forgather.diloco.package_service import package_digest
-from forgather.errors import ConfigError, ModelError
+from forgather.errors import ConfigError, ForgatherError, ModelError
 from forgather.models.initialize import initialize
 from forgather.models.names import plain_name
 
@@ -79,6 +79,51 @@ def served_model(path: Path, weights: Path | None = None) -> ServedModel:
         package_digest(folder.dir),
         None if tokenizer is None else tokenizer_digest(tokenizer),
     )
+
+
+def model_of_folder(folder: Path, options: Options) -> ServedModel:
+    """The model that was served from `folder` before. ConfigError where -m, or the config, is of another."""
+    if options.model is not None:
+        given = served_model(Path(options.model))
+        digest: str | None = given.package_digest
+    else:
+        given, digest = served_model(folder), _digest_of_config(options)
+    if digest is not None and digest != package_digest(ModelFolder(folder).dir):
+        raise ConfigError(
+            f"the model in {folder}, made before, is not that of {_source(options)}",
+            fix=f"-o ANOTHER begins with that one; without it, the one in {folder} is trained further",
+        )
+    return given
+
+
+def passed_over(options: Options) -> list[str]:
+    """What was given that makes first values, which a folder that has values does not look at."""
+    return [
+        *([_source(options)] if options.model is not None or _names_config(options) else []),
+        *([f"--seed {options.seed}"] if options.seed is not None else []),
+    ]
+
+
+def _source(options: Options) -> str:
+    return f"-m {options.model}" if options.model is not None else "the config that is given"
+
+
+def _names_config(options: Options) -> bool:
+    """Whether the command line says which, and does not just stand in a project's folder."""
+    return bool(options.overrides) or options.project_dir != "." or options.config_name is not None
+
+
+def _digest_of_config(options: Options) -> str | None:
+    """Of the model package that the config makes; None where none is named, or it makes none any more."""
+    if not _names_config(options):
+        return None
+    try:
+        source = options.project.build("package")
+        return package_digest(source.dir) if isinstance(source, ModelFolder) else str(source.digest)
+    except ForgatherError as error:
+        # A server goes on whatever has become of what it began with: nothing but its folder is needed.
+        print_warning(f"the config that is given cannot be compared with the model that is served: {error.message}")
+        return None
 
 
 def model_of_config(options: Options) -> ServedModel:

@@ -110,6 +110,7 @@ def control(options: Options) -> int:
 
 def cert(options: Options) -> int:
     """Make certificates, and say what each file is for."""
+    from forgather.diloco.address import naming
     from forgather.diloco.certificates import make_certificates
 
     folder = Path(options.folder)
@@ -121,7 +122,7 @@ def cert(options: Options) -> int:
     if not made.files:
         print(f"{folder} has an authority and a server's certificate; --host and --client make more")
     print(f"server: --tls-cert {folder / 'server.pem'} --tls-key {folder / 'server-key.pem'}")
-    print(f"workers: a copy of {folder / 'ca.pem'}, as --tls-ca; {folder / 'ca-key.pem'} stays here")
+    print(f"clients: {naming('tls_ca', 'COPY')}, of {folder / 'ca.pem'}; {folder / 'ca-key.pem'} stays here")
     return EXIT_OK
 
 

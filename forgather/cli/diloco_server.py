@@ -37,7 +37,7 @@ def add_server(parser: CommandParser) -> None:
     add("overrides", nargs="*", metavar="key.path=value", help="of the config of -p and -t, as the workers have them")
     add("-n", "--num-workers", type=_count(1), metavar="N", help="workers that the first round waits for")
     add("-o", "--output-dir", default=DEFAULT_FOLDER, metavar="DIR", help=f"its folder (default: {DEFAULT_FOLDER})")
-    add("--seed", type=int, default=0, metavar="N", help="draws the weights of a package without any (default: 0)")
+    add("--seed", type=int, metavar="N", help="draws the weights of a package without any (default: 0)")
     add(
         "--host",
         default="127.0.0.1",
@@ -110,18 +110,40 @@ def run(options: Options) -> int:
     require_protection(options.host, without_token=options.no_auth)
     tls = _tls(options)
     _require_free(options.host, options.port)
-    model = _model(options)
+    token_file = _token_file(options)
+    goes_on = any((Path(options.output_dir) / "checkpoints").glob("step-*"))
+    model = _model(options, goes_on=goes_on)
     settings = _settings(options, model)
     outer = _outer(options)
     outer.require_parameters(settings.parameters)
     from forgather.cli.diloco_serving import Serving
-    from forgather.diloco.security import token_of_server
 
     with _opened(Path(options.output_dir)) as run_folder:
-        file = Path(options.token_file) if options.token_file else run_folder.dir / "token"
-        token = None if options.no_auth else token_of_server(file)
-        shown = None if token is None else file
-        return asyncio.run(Serving(options, model, settings, outer, run_folder, tls, token, shown).serve())
+        token = None if token_file is None else _token(token_file, run_folder)
+        serving = Serving(options, model, goes_on, settings, outer, run_folder, tls, token, token_file)
+        return asyncio.run(serving.serve())
+
+
+def _token_file(options: Options) -> Path | None:
+    """The token's file, None without one; SecurityError where it is there and holds no token."""
+    from forgather.diloco.security import read_token
+
+    if options.no_auth:
+        return None
+    file = Path(options.token_file) if options.token_file else Path(options.output_dir).absolute() / "token"
+    if file.exists():
+        read_token(file)
+    return file
+
+
+def _token(file: Path, run_folder: "RunFolder") -> str:
+    from forgather.diloco.security import SecurityError, token_of_server
+
+    try:
+        return token_of_server(file)
+    except SecurityError:
+        run_folder.discard_unused()
+        raise
 
 
 def _opened(path: Path) -> "RunFolder":
@@ -130,8 +152,11 @@ def _opened(path: Path) -> "RunFolder":
     try:
         return RunFolder(path)
     except CheckpointError as error:
+        if not isinstance(error.__context__, BlockingIOError):  # by which the lock says that another has it
+            raise
         raise CheckpointError(
-            error.message, fix="-o another folder; or end the server there: forgather diloco control shutdown"
+            error.message,
+            fix="-o another folder; or end what runs there: `forgather diloco control shutdown`, if it is a server",
         ) from error
 
 
@@ -166,6 +191,11 @@ def _check_flags(options: Options) -> None:
     ):
         if one[1] and other[1]:
             raise UsageError(f"{one[0]} and {other[0]} exclude each other", fix=f"leave out {other[0]}")
+    if options.alpha != 1.0 and not options.delay:
+        raise UsageError(
+            f"--alpha {options.alpha:g} is a part of the progress made in the steps of --delay, and there are none",
+            fix="--delay 10, say; or leave out --alpha",
+        )
     from forgather.diloco.fragments import require_schedule
 
     require_schedule(options.sync_every, options.fragments)
@@ -208,11 +238,10 @@ def _require_free(host: str, port: int) -> None:
                 ) from error
 
 
-def _model(options: Options) -> "ServedModel":
+def _model(options: Options, *, goes_on: bool) -> "ServedModel":
     """That of -m; without it, the one that was served from this folder before, or that of the config of -p and -t."""
-    from forgather.cli.diloco_model import model_of_config, served_model
+    from forgather.cli.diloco_model import model_of_config, model_of_folder, served_model
 
-    own = Path(options.output_dir)
     if wrong := [word for word in options.overrides if "=" not in word]:
         raise UsageError(f"the server takes no word {wrong[0]!r}", fix="-m PATH for a model; key.path=value overrides")
     if options.overrides and options.model is not None:
@@ -220,11 +249,9 @@ def _model(options: Options) -> "ServedModel":
             f"{options.overrides[0]} overrides a config, and the model is that of -m", fix="leave out one of the two"
         )
     options.words = list(options.overrides)
-    if options.model is not None:
-        return served_model(Path(options.model))
-    if any((own / "checkpoints").glob("step-*")):
-        return served_model(own)
-    return model_of_config(options)
+    if goes_on:
+        return model_of_folder(Path(options.output_dir), options)
+    return model_of_config(options) if options.model is None else served_model(Path(options.model))
 
 
 def _settings(options: Options, model: "ServedModel") -> "Settings":

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from forgather.checkpoint.run_folder import RunFolder
-from forgather.cli.diloco_model import ServedModel
+from forgather.cli.diloco_model import ServedModel, passed_over
 from forgather.cli.options import Options
+from forgather.diloco.address import naming
 from forgather.diloco.application import serving
 from forgather.diloco.certificates import is_for
 from forgather.diloco.combine import Guard
@@ -32,6 +33,7 @@ class Serving:
 
     options: Options
     model: ServedModel
+    goes_on: bool  # with the model and the values that are in the folder
     settings: Settings
     outer: Outer
     run: RunFolder
@@ -43,7 +45,7 @@ class Serving:
     async def serve(self) -> int:
         """Serve until told to end; the exit code."""
         options, run = self.options, self.run
-        values, buffers = self.model.first_values(options.seed)
+        values, buffers = self.model.first_values(options.seed or 0)
         coordinator = Coordinator(
             values,
             self.settings,
@@ -94,8 +96,13 @@ class Serving:
     def _greeting(self, port: int) -> Iterator[str]:
         settings, model = self.settings, self.model
         count = sum(math.prod(shape) for shape in model.shapes.values())
-        origin = f"weights drawn with seed {self.options.seed}" if model.is_drawn else "with its weights"
-        yield f"model {model.path}: {count:,} parameters, {origin}"
+        if self.goes_on:
+            yield f"the model in {self.run.dir}, made before: {count:,} parameters"
+            if given := passed_over(self.options):
+                yield f"without effect: {' and '.join(given)}, as model and values are there; -o ANOTHER begins anew"
+        else:
+            origin = f"weights drawn with seed {self.options.seed or 0}" if model.is_drawn else "with its weights"
+            yield f"model {model.path}: {count:,} parameters, {origin}"
         fragments = len(settings.fragments)
         how = f"every {settings.sync_every} steps" + (f" in {fragments} fragments" if fragments > 1 else "")
         if settings.round_seconds is not None:
@@ -108,7 +115,7 @@ class Serving:
             yield f"listening at {scheme}://{shown}:{port}{where}; workers: --diloco-server {shown}:{port}"
             yield from self._foreign_name(address)
         if self.token_file is not None:
-            yield f"token in {self.token_file}: name a copy of it to workers by --token-file"
+            yield f"token in {self.token_file}; workers need a copy of it: {naming('token_file', 'COPY')}"
         else:
             yield "no token is asked for: whoever is on this machine may change the model"
 

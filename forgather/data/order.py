@@ -92,7 +92,8 @@ class Permutation:
         if state["order"] != self.describe():
             raise DataError(
                 f"the run was started with another order of data: {state['order']}; this one is {self.describe()}",
-                fix="go on with the --diloco-server that leases its rows, or start a new run with --fresh"
+                fix="go on with the --diloco-server that leases its rows, or begin a new run with what the server has "
+                "saved: --init-from and the server's folder, another --run-name"
                 if "leases" in state
                 else "set the seed and dataset back to what they were, or start a new run with --fresh",
             )

@@ -7,7 +7,7 @@ import re
 import socket
 import ssl
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,12 @@ from forgather.errors import DistributedError, ForgatherError
 
 DEFAULT_PORT = 8512
 _MAX_ANSWER_BYTES = 64 << 20  # of JSON
+_ENDED = (ConnectionResetError, BrokenPipeError, ssl.SSLEOFError)  # by the other side
 _ADDRESS = re.compile(r"(?:(https?)://)?(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\s:/\[\]@]+))(?::(\d{1,5}))?/?")
+_CERTIFICATE_FIX = (
+    "see whether the server still runs, whether its --client-ca is the ca.pem that made this certificate (`forgather "
+    "diloco cert DIR --client NAME`), and whether it is still valid; or leave the certificate out, and give the token"
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class ServerAddress:
     port: int = DEFAULT_PORT
     tls: ssl.SSLContext | None = field(default=None, repr=False)
     token: str | None = field(default=None, repr=False)
+    has_certificate: bool = False  # of this client, which `tls` shows
 
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
@@ -70,17 +76,22 @@ class ServerAddress:
         if isinstance(error, ssl.SSLCertVerificationError):
             return SecurityError(
                 f"the certificate of {self} is not one to trust: {error.verify_message}",
-                fix="--tls-ca CA.pem, the ca.pem of `forgather diloco cert`, which was made with this --host",
-            )
-        if isinstance(error, ssl.SSLError):
-            return SecurityError(
-                f"{self} and this command do not agree about TLS: {error.reason or error}",
-                fix="give --tls-ca exactly if the server was started with --tls-cert",
+                fix="name the ca.pem of `forgather diloco cert`, which was made with this --host: "
+                + naming("tls_ca", "CA.pem"),
             )
         if isinstance(error, http.client.HTTPException | ConnectionResetError) and self.tls is None:
             return DistributedError(
                 f"{self} does not answer as a DiLoCo server without TLS does: {error or type(error).__name__}",
-                fix="if it was started with --tls-cert, give --tls-ca CA.pem; look at the port otherwise",
+                fix=f"if it was started with --tls-cert, {naming('tls_ca', 'CA.pem')}; look at the port otherwise",
+            )
+        if isinstance(error, _ENDED) and self.tls is not None:
+            return self._ended()
+        if isinstance(error, ssl.SSLError):
+            if self.has_certificate and "ALERT" in (error.reason or ""):
+                return SecurityError(f"{self} does not accept this certificate: {error.reason}", fix=_CERTIFICATE_FIX)
+            return SecurityError(
+                f"{self} and this command do not agree about TLS: {error.reason or error}",
+                fix=f"{naming('tls_ca', 'CA.pem')}, exactly if the server was started with --tls-cert",
             )
         if isinstance(error, TimeoutError | socket.timeout):
             return DistributedError(
@@ -91,12 +102,26 @@ class ServerAddress:
             fix="see that `forgather diloco server` runs there, and that address and port are those that it printed",
         )
 
+    def _ended(self) -> DistributedError:
+        """What it means that the server has ended a connection with TLS, and has not answered.
+
+        One that refuses a certificate, which it sees after the client's part is done, may do so without a word.
+        """
+        shown = "this certificate" if self.has_certificate else "a client without a certificate"
+        return DistributedError(
+            f"{self} ended the connection without an answer: it may not accept {shown}",
+            fix=_CERTIFICATE_FIX
+            if self.has_certificate
+            else "see whether it still runs, and whether it wants a certificate: "
+            f"{naming('tls_cert', 'CLIENT.pem')}, and its key by tls_key",
+        )
+
     def refused(self, status: int, data: bytes) -> ForgatherError:
         """The server's own words where it has said why."""
         if status == 401:
             return SecurityError(
                 f"{self} asks for its token" if self.token is None else f"{self} has another token",
-                fix=f"copy the server's token file, and name the copy by --token-file or {TOKEN_FILE_VARIABLE}",
+                fix=f"copy the server's token file: {naming('token_file', 'COPY')}; or {TOKEN_FILE_VARIABLE}=COPY",
             )
         try:
             said = json.loads(data)
@@ -131,7 +156,13 @@ def server_named(
         if authority is None and certificate is None and key is None
         else client_context(authority, certificate, key)
     )
-    return parse_address(text, tls=tls, token=token_of_client(chosen(token_file, "TOKEN_FILE"), environ))
+    address = parse_address(text, tls=tls, token=token_of_client(chosen(token_file, "TOKEN_FILE"), environ))
+    return replace(address, has_certificate=certificate is not None)
+
+
+def naming(name: str, file: str) -> str:
+    """How a file is named to the commands that ask a server; which of them reads this is not known here."""
+    return f"diloco.{name}={file} of `train`, --{name.replace('_', '-')} {file} of `diloco ...`"
 
 
 def parse_address(

@@ -37,6 +37,7 @@ from forgather.errors import ConfigError, ForgatherError
 IDLE_S = 30.0  # a client that sends nothing for so long has gone
 SLOWEST_BYTES_PER_S = 10_000  # and so has one that keeps its room for longer than this takes
 _TOKEN = web.AppKey("token", str)
+_CONTRIBUTION = "contribution"
 
 _LOG = logging.getLogger("forgather.diloco.http")
 # Whoever sends what is no HTTP is told so; a traceback for each would fill the server's log.
@@ -64,7 +65,9 @@ def make_application(
             web.post("/v1/workers", _register),
             web.delete("/v1/workers/{worker}", _leave),
             web.post("/v1/workers/{worker}/heartbeat", _beat),
-            web.put(r"/v1/contributions/{worker}/{round:\d+}/{fragment:\d+}/{part:\d+}", _contribute),
+            web.put(
+                r"/v1/contributions/{worker}/{round:\d+}/{fragment:\d+}/{part:\d+}", _contribute, name=_CONTRIBUTION
+            ),
             web.post(r"/v1/values/{fragment:\d+}", _values),
             web.post("/v1/units", _unit),
             *operating(),
@@ -154,7 +157,7 @@ async def _answered(request: web.Request, handler: Handler) -> web.StreamRespons
             raise ProtocolError("the server is being shut down", status=503, fix="try again when it is back")
         return await handler(request)
     except ProtocolError as error:
-        if error.status in (400, 413, 422):
+        if error.status in (400, 413, 422) and request.match_info.route.name == _CONTRIBUTION:
             request.app[COORDINATOR].num_refused += 1
         return _refusal(error, error.status)
     except ForgatherError as error:

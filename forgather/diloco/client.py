@@ -19,6 +19,7 @@ from forgather.diloco.frame import header_length, pack_header, parse_json
 from forgather.diloco.messages import Accepted, Closed, Contribution, Identity, Values, WantValues
 from forgather.diloco.payload import DIGEST_BYTES, Payload
 from forgather.diloco.presence import Beat, Heartbeat, Register, Registered
+from forgather.diloco.settings import Settings
 from forgather.diloco.work_units import Lease, Question
 from forgather.errors import DistributedError
 
@@ -34,6 +35,13 @@ class UnreachableError(DistributedError):
     def __init__(self, message: str, *, fix: str | None = None, is_there: bool = False) -> None:
         super().__init__(message, fix=fix)
         self.is_there = is_there  # it has answered, so the network is not what is wrong
+
+
+class RemovedError(UnreachableError):
+    """The operator has removed this worker: nothing that it asks for is answered, and it is to end."""
+
+    def __init__(self, message: str, *, fix: str | None = None) -> None:
+        super().__init__(message, fix=fix, is_there=True)
 
 
 class UnknownWorkerError(DistributedError):
@@ -91,6 +99,10 @@ class Client:
 
     def register(self, request: Register) -> Registered:
         return Registered.from_json(self._ask("POST", "/v1/workers", request.to_json()))
+
+    def settings(self) -> Settings:
+        """Those of the server, which tells them also to whoever is no worker."""
+        return Settings.from_json(self._ask("GET", "/v1/settings"))
 
     def leave(self) -> None:
         self._ask("DELETE", f"/v1/workers/{self.worker}")
@@ -212,6 +224,8 @@ class Client:
             self.close()
             if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
                 raise self.address.unreachable(error) from error  # a wrong certificate does not mend itself
+            if self.address.tls is not None and isinstance(error, ConnectionResetError | ssl.SSLEOFError):
+                raise UnreachableError(self.address.unreachable(error).message) from error  # it says what that may be
             raise UnreachableError(f"{self.address}: {_reason(error)}") from error
         except BaseException:
             self.close()  # an answer that was not read to its end cannot be followed by another
@@ -235,6 +249,9 @@ class Client:
             return
         if status == 404:
             raise UnknownWorkerError(f"{self.address} does not know the worker {self.worker!r}, or what it asks for")
+        if status == 410:
+            refused = self.address.refused(status, data)
+            raise RemovedError(refused.message, fix=refused.fix)
         if status in _BUSY:
             raise UnreachableError(f"{self.address}: {self.address.refused(status, data).message}", is_there=True)
         raise self.address.refused(status, data)

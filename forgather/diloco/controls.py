@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from forgather.diloco.coordinator import Coordinator
 
 _OUTER = {"outer_lr": "lr", "outer_momentum": "momentum"}
+_OF_SHARED_ROUNDS = ("min_workers", "round_timeout_s")
 _NUMBERS = ("round_timeout_s", "min_workers", "num_workers")
 
 
@@ -38,7 +39,7 @@ class Controls:
         """Take a worker out at once, with what it has sent for open rounds; its process is told to stop."""
         there = self._there
         there.members.remove(worker, "kicked")
-        there.rounds.left(worker)
+        there.rounds.removed(worker)
         for held in there.intake.drop_all_of(worker):
             if there.ledger is not None:
                 there.ledger.refuse(worker, held.consumed)
@@ -47,7 +48,7 @@ class Controls:
     def set(self, **values: float) -> dict[str, Any]:
         """Change `outer_lr`, `outer_momentum`, `round_timeout_s`, `min_workers` or `num_workers`, from the next round.
 
-        ConfigError for anything else; nothing is changed then.
+        ConfigError for anything else, and for what changes nothing on this server; nothing is changed then.
         """
         outer = {_OUTER[name]: value for name, value in values.items() if name in _OUTER}
         numbers = {name: value for name, value in values.items() if name in _NUMBERS}
@@ -57,6 +58,12 @@ class Controls:
                 f"cannot set {', '.join(unknown) or 'nothing'}", fix=f"one or more of {', '.join((*_OUTER, *_NUMBERS))}"
             )
         there = self._there
+        idle = [name for name in _OF_SHARED_ROUNDS if name in numbers]
+        if idle and there.settings.mode == "async":
+            raise ConfigError(
+                f"{' and '.join(idle)} would change nothing: with --async each contribution is a round of its own",
+                fix="leave it out; num_workers, outer_lr and outer_momentum can be set",
+            )
         there.publisher.rates.require(**outer)
         there.rounds.change(**numbers)  # type: ignore[arg-type]  # it looks at the kinds itself
         there.publisher.set_outer(**outer)

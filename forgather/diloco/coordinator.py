@@ -165,7 +165,8 @@ class Coordinator:
         if outcome != "again":
             self.run.say(f"worker {member.name} of {member.host or 'an unnamed host'} is here ({outcome})")
         self.wake()
-        return Registered(self.settings, [fragment.version for fragment in self.fragments], self.name)
+        versions = [fragment.version for fragment in self.fragments]
+        return Registered(self.settings, versions, self.name, self.publisher.rates.in_force)
 
     def beat(self, worker: str, key: str, heartbeat: Heartbeat) -> Beat:
         """A worker lives."""

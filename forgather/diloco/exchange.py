@@ -60,6 +60,7 @@ class Exchange:
         self.version: Version | None = None  # of `values`, once they are there
         self.durable = 0
         self.failure: Exception | None = None
+        self.trouble: str | None = None  # why the server does not answer now, or takes nothing
         self.has_parts = bool(parts) or learned is None
         self.is_onlooker = not fragment.owned and not parts
         self._membership = membership
@@ -365,10 +366,13 @@ class Exchange:
             self._missed(error)
 
     def _found(self) -> None:
+        self.trouble = None
         self._lost_at = self._refused_at = None
         self._backoff.reset()
 
     def _missed(self, error: UnreachableError) -> None:
+        self.trouble = error.message
+        self._membership.note(error)
         if error.is_there:
             self._lost_at, self._refused_at = None, self._refused_at or time.monotonic()
         else:

@@ -11,10 +11,11 @@ from forgather.diloco.flight import Flight
 from forgather.diloco.membership import Membership
 from forgather.diloco.settings import Settings
 from forgather.distributed.collectives import rank, sum_ranks, world_size
-from forgather.errors import DistributedError, ForgatherError
+from forgather.errors import ForgatherError, UnavailableError
 
 _POLL_S = 0.01  # between two agreements while the ranks wait together
 _REFUSED_TIMES = 10  # as long as for a server that is away, one that cannot take something now is waited for
+_SILENT_S = 10.0  # what is waited for longer is said
 _ALONE_S = 0.5  # a single rank is woken, and looks only for a wish to stop
 
 
@@ -71,13 +72,13 @@ class Flights:
     def attend(self, step: int, delay: int, *, is_needed: bool = False) -> None:
         """See to what is under way after `step`, and wait for what is due, `delay` steps after it began.
 
-        What has once been waited for in vain is taken in whenever it comes. DistributedError when it `is_needed`.
+        What has once been waited for in vain is taken in whenever it comes. UnavailableError when it `is_needed`.
         """
         with ExitStack() as waiting:
             self._attend(step, delay, waiting, is_needed=is_needed)
 
     def _attend(self, step: int, delay: int, waiting: ExitStack, *, is_needed: bool) -> None:
-        begun, is_waiting = time.monotonic(), False
+        begun, is_waiting, has_said = time.monotonic(), False, False
         while self.under_way:
             standing = self._agree(begun, is_late=self._is_late())
             for flight, version in zip(list(self.under_way.values()), standing.versions, strict=True):
@@ -94,8 +95,22 @@ class Flights:
             if not is_waiting:  # to the end: the rank whose values came first waits for the others in the agreement
                 waiting.enter_context(self._waiting())
                 is_waiting = True
+            if not has_said and rank() == 0 and time.monotonic() - begun > _SILENT_S:
+                self._say(self._what_it_waits_for(awaited[0]))
+                has_said = True
             awaited[0].exchange.wait(_POLL_S if world_size() > 1 else _ALONE_S)
         self.waited_s += time.monotonic() - begun
+
+    def _what_it_waits_for(self, flight: Flight) -> str:
+        trouble = flight.exchange.trouble
+        if trouble is not None:
+            return f"waiting: {trouble}"
+        if flight.sent is None:
+            return f"waiting for the values of {self._membership.address}"
+        return (
+            f"waiting: round {flight.exchange.round} is not closed yet; `forgather diloco status` says which workers "
+            "it waits for"
+        )
 
     def deliver(self) -> bool:
         """Return when the server has all that is under way; says whether it has.
@@ -156,7 +171,7 @@ class Flights:
 
     def _give_up(self, awaited: list[Flight], *, is_needed: bool) -> None:
         if is_needed:
-            raise DistributedError(
+            raise UnavailableError(
                 f"the server {self._membership.address} has gone before it gave its values",
                 fix="see that it runs; the same command begins again",
             )

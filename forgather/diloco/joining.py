@@ -9,13 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from forgather.diloco.address import ServerAddress
-from forgather.diloco.client import UnreachableError
-from forgather.diloco.membership import Backoff, Membership
+from forgather.diloco.client import RemovedError, UnreachableError
+from forgather.diloco.membership import Backoff, Membership, require_parameters
 from forgather.diloco.presence import WORKER_NAME, Register, Registered
 from forgather.diloco.security import write_secret
 from forgather.diloco.settings import Settings
 from forgather.distributed.collectives import broadcast_object, rank
-from forgather.errors import ConfigError, DistributedError, ForgatherError
+from forgather.errors import ConfigError, ForgatherError, UnavailableError
+
+_FEW_ROUNDS = 50  # in fewer, and with this much momentum, too much of each round's way is made again in the next
+_HIGH_MOMENTUM = 0.7
 
 
 @dataclass
@@ -102,10 +105,20 @@ def describe(membership: Membership, settings: Settings) -> str:
     )
 
 
-def too_few_steps(settings: Settings, steps: int) -> str | None:
-    """A warning where a run of so many steps ends before its fragments are due for the first time."""
-    if settings.round_seconds is not None or steps >= settings.sync_every:
+def too_few_steps(registered: Registered, steps: int) -> str | None:
+    """A warning where a run of so many steps has no round but one, or too few for the outer optimizer's momentum."""
+    settings, momentum = registered.settings, registered.outer.get("momentum", 0.0)
+    if settings.round_seconds is not None:
         return None
+    rounds = steps // settings.sync_every
+    if rounds >= 1:
+        if rounds >= _FEW_ROUNDS or momentum < _HIGH_MOMENTUM:
+            return None
+        return (
+            f"warning: {steps} steps are {rounds} rounds of {settings.sync_every}: with so few, an outer momentum of "
+            f"{momentum:g} may leave the model worse than training alone does; at the server --outer-momentum 0.5, or "
+            "plain averaging: --outer-lr 1 --outer-momentum 0"
+        )
     fitting = max(len(settings.fragments), steps // 4)
     return (
         f"warning: this run makes {steps} steps, and the server has its workers exchange every {settings.sync_every}: "
@@ -120,10 +133,14 @@ def join(
     patience_s: float,
     may_be_away: bool,
     say: Callable[[str], None],
+    trained: Mapping[str, tuple[int, ...]] | None = None,
+    is_stopping: Callable[[], bool] = lambda: False,
 ) -> Membership:
     """Register with the server, on rank 0, and let all ranks know the answer. Collective; an error is raised on all.
 
-    A server that stays away for `patience_s` is an error, unless it `may_be_away`: nothing is known of it then.
+    A server that stays away for `patience_s`, or until the run `is_stopping`, is an UnavailableError, unless it
+    `may_be_away`: nothing is known of it then. ConfigError, naming what differs, before anything is registered, where
+    the parameters of the run, `trained` with their shapes, are not the server's.
     """
     membership: Membership | None = None
     request, origin = Register("", ""), secrets.token_hex(8)
@@ -132,9 +149,11 @@ def join(
         try:
             request = introduction.request()
             membership = Membership(address, request, origin)
-            found = _reach(membership, patience_s, may_be_away, say)
+            found = _reach(membership, patience_s, may_be_away, say, trained, is_stopping)
         except ForgatherError as error:
             found = error
+            if membership is not None:
+                membership.close()
     request, origin, found = broadcast_object((request, origin, found))
     if isinstance(found, ForgatherError):
         raise found
@@ -145,7 +164,12 @@ def join(
 
 
 def _reach(
-    membership: Membership, patience_s: float, may_be_away: bool, say: Callable[[str], None]
+    membership: Membership,
+    patience_s: float,
+    may_be_away: bool,
+    say: Callable[[str], None],
+    trained: Mapping[str, tuple[int, ...]] | None,
+    is_stopping: Callable[[], bool],
 ) -> Registered | None:
     client = membership.borrow()
     backoff, begun = Backoff(), time.monotonic()
@@ -153,13 +177,17 @@ def _reach(
     try:
         while True:
             try:
+                if trained is not None:
+                    require_parameters(client.settings(), trained)
                 return membership.register(client)
+            except RemovedError:
+                raise
             except UnreachableError as error:
-                if time.monotonic() - begun > patience_s:
+                if is_stopping() or time.monotonic() - begun > patience_s:
                     if may_be_away:
                         say(f"warning: {error.message}; going on without it until it is there")
                         return None
-                    raise DistributedError(
+                    raise UnavailableError(
                         f"the server cannot be reached: {error.message}",
                         fix="see that `forgather diloco server` runs there, and that the address is the one "
                         "that it printed",

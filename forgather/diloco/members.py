@@ -100,7 +100,7 @@ class Members:
     def register(self, request: Register) -> Literal["new", "another", "back", "again"]:
         """Take a worker in; says whether it is `new`, `another` under a name that is free, `back`, or here `again`.
 
-        ProtocolError (409) where a live worker has the name and another key, or where the operator has removed it.
+        ProtocolError (409) where a live worker has the name and another key; 410 where the operator has removed it.
         """
         there = self._by_name.get(request.worker)
         if there is not None and there.state == "kicked" and self._clock() - there.renewed_at > self._silence_s:
@@ -109,11 +109,7 @@ class Members:
             outcome: Literal["new", "another", "back", "again"] = "new"
         elif there.has_key(request.key):
             if there.state == "kicked":
-                raise ProtocolError(
-                    f"{request.worker} was removed by the operator",
-                    status=409,
-                    fix="end this process; started again after that, it may come back",
-                )
+                raise _removed(request.worker)
             outcome = "again" if there.is_live else "back"
         elif there.is_live:
             raise ProtocolError(
@@ -138,8 +134,13 @@ class Members:
         return there is not None and there.state in ("live", "dead") and there.has_key(request.key)
 
     def require(self, name: str, key: str) -> Member:
-        """The live worker of that name; its lease is renewed. ProtocolError 404 for an unknown one, 403 for its key."""
+        """The live worker of that name; its lease is renewed.
+
+        ProtocolError 404 for an unknown one, 403 for its key, 410 for one that the operator has removed.
+        """
         member = self._by_name.get(name)
+        if member is not None and member.state == "kicked" and member.has_key(key):
+            raise _removed(name)
         if member is None or not member.is_live or not member.is_present:
             raise ProtocolError(f"there is no worker {name!r} here", status=404, fix="register, and go on")
         if not member.has_key(key):
@@ -250,6 +251,14 @@ class Members:
 def digest_of_key(key: str) -> str:
     """What is kept of a key."""
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _removed(name: str) -> ProtocolError:
+    return ProtocolError(
+        f"the worker {name} was removed by the operator",
+        status=410,
+        fix="when its process has ended, the same command lets it come back",
+    )
 
 
 def _printable(text: str) -> str:

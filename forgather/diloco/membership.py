@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from forgather.diloco.address import ServerAddress
-from forgather.diloco.client import CONNECT_S, Client, UnknownWorkerError, UnreachableError
+from forgather.diloco.client import CONNECT_S, Client, RemovedError, UnknownWorkerError, UnreachableError
 from forgather.diloco.presence import Beat, Heartbeat, Register, Registered
 from forgather.diloco.settings import Settings
 from forgather.errors import ConfigError, ForgatherError, TrainingError
@@ -42,12 +42,14 @@ class Membership:
         self.request = request
         self.origin = origin
         self.times = 0
+        self.is_removed = False  # the operator wants it to end
         self.registered: Registered | None = None
         self.settings: Settings | None = None  # under which the worker began; those of the server must go with them
         self._lock = threading.Lock()  # of registering, which takes a while
         self._clients: list[Client] = []
         self._free: list[tuple[float, Client]] = []
         self._free_lock = threading.Lock()
+        self._is_closed = False
 
     @property
     def server(self) -> str:
@@ -68,11 +70,15 @@ class Membership:
 
     def give_back(self, client: Client) -> None:
         """Let others use it."""
-        if client.is_aborted:
-            client.close()
-            return
         with self._free_lock:
-            self._free.append((time.monotonic(), client))
+            if not client.is_aborted and not self._is_closed:
+                self._free.append((time.monotonic(), client))
+                return
+        client.close()
+
+    def note(self, error: UnreachableError) -> None:
+        """Something of this worker was not answered so."""
+        self.is_removed = self.is_removed or isinstance(error, RemovedError)
 
     def traffic(self) -> tuple[int, int]:
         """Bytes of bodies that this process has sent to the server, and received from it."""
@@ -81,8 +87,9 @@ class Membership:
         return sum(each.bytes_up for each in clients), sum(each.bytes_down for each in clients)
 
     def close(self) -> None:
-        """Close the connections that nobody uses."""
+        """Close the connections: those that nobody uses now, the others when they are given back."""
         with self._free_lock:
+            self._is_closed = True
             for _, client in self._free:
                 client.close()
             self._free.clear()
@@ -197,7 +204,8 @@ class Heartbeats:
                 except UnknownWorkerError:
                     self.membership.register(self._client, known)
                     continue
-            except UnreachableError:
+            except UnreachableError as error:
+                self.membership.note(error)
                 self._lost_at = self._lost_at or time.monotonic()
                 continue
             except ForgatherError as error:

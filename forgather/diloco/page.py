@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from html import escape
 
 from forgather.diloco.curves import curves
-from forgather.diloco.status import ROUND_COLUMNS, WORKER_COLUMNS, Status, headline, round_row, worker_row
+from forgather.diloco.status import ROUND_COLUMNS, WORKER_COLUMNS, Status, headline, round_row, waited_for, worker_row
 
 _SHOWN_ROUNDS = 20
 
@@ -86,7 +86,7 @@ def _content(status: Status) -> Iterator[str]:
         yield "<p class=quiet>nobody has come yet</p>"
     if status["held"]:
         yield "<h2>Open rounds</h2>"
-        yield _table(("fragment", "round", "open", "in", "missing"), list(_open_rounds(status)), text=(3, 4))
+        yield _table(("fragment", "round", "open", "in", "waits for"), list(_open_rounds(status)), text=(3, 4))
     history = status["history"]
     if history:
         yield "<h2>Rounds</h2><div class=charts>"
@@ -104,13 +104,12 @@ def _content(status: Status) -> Iterator[str]:
 
 def _open_rounds(status: Status) -> Iterator[list[str]]:
     for held in status["held"]:
-        missing = sorted(set(held["expected"]) - set(held["workers"]))
         yield [
             str(held["fragment"]),
             str(held["round"]),
             f"{held['open_s']:.0f} s",
             ", ".join(held["workers"]),
-            ", ".join(missing),
+            ", ".join(waited_for(status, held)),
         ]
 
 

@@ -1,8 +1,8 @@
 """How workers come and live: plain data with JSON forms, checked on arrival."""
 
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self
 
 from forgather.diloco.frame import ProtocolError, shown
@@ -48,24 +48,27 @@ class Register:
 class Registered:
     """The answer: the settings, and the version of each fragment that a worker without values begins with.
 
-    `server` names the process that answers: another one does not have what this one held in its memory.
+    `server` names the process that answers: another one does not have what this one held in its memory. `outer` are
+    the rates of its outer optimizer, as far as it has such.
     """
 
     settings: Settings
     versions: Sequence[Version]
     server: str = ""
+    outer: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {
             "settings": self.settings.to_json(),
             "versions": [version.to_json() for version in self.versions],
             "server": self.server,
+            "outer": dict(self.outer),
         }
 
     @classmethod
     def from_json(cls, value: Any) -> Self:
         versions = [Version.from_json(each) for each in value["versions"]]
-        return cls(Settings.from_json(value["settings"]), versions, str(value["server"]))
+        return cls(Settings.from_json(value["settings"]), versions, str(value["server"]), value["outer"])
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def _metrics(status: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Samples
     held = [({"fragment": each["fragment"]}, len(each["workers"])) for each in status["held"]]
     yield "held_contributions", "gauge", "Contributions of rounds that are open.", held
     opened = [({"fragment": each["fragment"]}, each["open_s"]) for each in status["held"]]
-    yield "round_open_seconds", "gauge", "Since a round's first contribution.", opened
+    yield "round_open_seconds", "gauge", "Since a round was opened, by the version before it.", opened
     yield "worker_heartbeat_age_seconds", "gauge", "Since a worker was heard of.", by_worker("last_heartbeat_s")
     yield "worker_steps_total", "counter", "Inner steps that a worker says it made.", by_worker("steps")
     yield "worker_steps_per_second", "gauge", "Its inner steps a second.", by_worker("steps_per_s")

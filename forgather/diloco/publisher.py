@@ -154,7 +154,8 @@ class Publisher:
                 self.run.say(words)
         number = sum(map(len, again))
         self.run.say(
-            f"going on from {newest.path}" + (f"; {number} rounds since then are to be made again" if number else "")
+            f"going on from {newest.path}"
+            + (f"; {number} round{'s' * (number > 1)} since then to be made again" if number else "")
         )
 
     async def close_round(self, fragment: int) -> bool:

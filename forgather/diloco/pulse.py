@@ -51,11 +51,13 @@ class Pulse:
         tokens_per_s = None if steps_per_s is None else steps_per_s * self._tokens_per_step
         return Heartbeat(self.steps, steps_per_s, tokens_per_s, self.loss, self._heard)
 
-    def hear(self, beat: Beat) -> None:
-        """Note what the server wants, which it says until it is told that this was heard."""
-        if beat.command is not None and beat.number != self._heard:
-            self._heard = beat.number
-            self.command = max(self.command, beat.command, key=STRENGTH.index)
+    def hear(self, beat: Beat) -> bool:
+        """Note what the server wants, which it says until it is told that this was heard; whether that is new."""
+        if beat.command is None or beat.number == self._heard:
+            return False
+        self._heard = beat.number
+        self.command = max(self.command, beat.command, key=STRENGTH.index)
+        return True
 
     @property
     def is_called_off(self) -> bool:

@@ -56,7 +56,7 @@ class Rounds:
         self._clock = clock
         self.min_workers = 1
         self.round_timeout_s: float | None = None
-        self._awaited = 1  # rounds do not close before so many live at once; 0 when they did
+        self._awaited = 1  # no round closes before so many have come; 0 once one was closed
         self.num_wanted = 1
         self.change(num_workers=num_workers, min_workers=min_workers, round_timeout_s=round_timeout_s)
         self.rounds = [Round(version, opened_at=clock()) for version in versions]
@@ -105,25 +105,40 @@ class Rounds:
     @property
     def num_workers(self) -> int:
         """How many workers a round is made of now: those that must come first, then those that live."""
-        return max(self._awaited, self.min_workers, len(self.members.live()))
+        return max(self._awaited if self.num_awaited else 0, self.min_workers, len(self.members.live()))
+
+    @property
+    def num_awaited(self) -> int:
+        """How many workers are still to come before a round can close, where so many were asked for.
+
+        One that left before it had brought anything, as it was refused its data for example, has not come. One that
+        has died has.
+        """
+        came = set().union(*(each.expected for each in self.rounds))
+        brought = {worker for each in self.rounds for worker, _ in each.complete}
+        return max(0, self._awaited - len(came | brought))
 
     @property
     def is_waiting(self) -> bool:
         """Whether there are too few workers for a round to close."""
-        self._look_whether_all_came()
-        return self._awaited > 0 or len(self.members.live()) < self.min_workers
+        return self.num_awaited > 0 or len(self.members.live()) < self.min_workers
 
     def came(self, worker: str) -> None:
         """A worker has registered. Before anything was made, all who come are expected; then from the next round on."""
         if self._awaited or not any(each.version.number for each in self.rounds):
             for each in self.rounds:
                 each.expected.add(worker)
-        self._look_whether_all_came()
 
     def left(self, worker: str) -> None:
         """A worker is not expected any more, should it come back or not; what is complete of it counts."""
         for each in self.rounds:
             each.expected.discard(worker)
+
+    def removed(self, worker: str) -> None:
+        """An operator wants it to be done without this worker: also a first round waits for one less."""
+        if any(worker in each.expected for each in self.rounds):
+            self._awaited = max(0, self._awaited - 1)
+        self.left(worker)
 
     def expected(self, fragment: int) -> set[str]:
         """Whose contributions the round waits for."""
@@ -206,8 +221,7 @@ class Rounds:
             self._give_up_replay(fragment, f"{', '.join(gone)} {'has' if len(gone) == 1 else 'have'} not come back")
         if not there.complete:
             return []
-        self._look_whether_all_came()
-        if self._awaited:
+        if self.num_awaited:
             return []
         if self.mode == "async":
             return there.complete[:1]
@@ -227,6 +241,7 @@ class Rounds:
 
     def close(self, fragment: int, contributors: Sequence[Member]) -> None:
         """The outer step begins; until it is published the round takes nothing."""
+        self._awaited = 0
         self.rounds[fragment].closing = list(contributors)
 
     def published(self, fragment: int, version: Version, bases: Sequence[Version]) -> list[Member]:
@@ -292,10 +307,6 @@ class Rounds:
 
     def _present(self) -> set[str]:
         return {member.name for member in self.members.live()}
-
-    def _look_whether_all_came(self) -> None:
-        if self._awaited and len(self.members.live()) >= self._awaited:
-            self._awaited = 0
 
     def _is_late(self, there: Round) -> bool:
         timeout = self.round_timeout_s

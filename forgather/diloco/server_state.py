@@ -80,10 +80,10 @@ class ServerState:
     def targets(self, saved: Layout, document: Mapping[str, Any]) -> dict[str, Tensor]:
         """The live values, and room for what is not there before the first step.
 
-        CheckpointError for the state of another version of forgather, and of a server with other settings or another
-        model.
+        CheckpointError for a run that is no server's, for the state of another version of forgather, and of a server
+        with other settings or another model.
         """
-        self._require(saved, document["extras"][EXTRA])
+        self._require(saved, document["extras"].get(EXTRA) or {})
         targets = self._model()
         live = self.outer.state_tensors()
         for key in saved:
@@ -119,6 +119,11 @@ class ServerState:
                 extra.load_state_dict(join(document["extras"][name], tensors))
 
     def _require(self, saved: Layout, own: Mapping[str, Any]) -> None:
+        if "members" not in own:  # which servers of all formats have, and workers have not
+            raise CheckpointError(
+                "the checkpoints in this folder are of a training run, and not of a server",
+                fix="give another folder: -o DIR, with -m RUN to begin with the model of this run",
+            )
         if own.get("format") != FORMAT:
             raise CheckpointError(
                 f"this state of a server has format {own.get('format', 1)}, and this version of forgather writes and "

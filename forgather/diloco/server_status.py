@@ -17,6 +17,7 @@ def server_status(coordinator: "Coordinator", now: float) -> dict[str, Any]:
         "versions": [fragment.version.number for fragment in coordinator.fragments],
         "durable": [fragment.durable for fragment in coordinator.fragments],
         "num_workers": rounds.num_workers,
+        "num_awaited": rounds.num_awaited,
         "min_workers": rounds.min_workers,
         "round_timeout_s": rounds.round_timeout_s,
         "sync_every": coordinator.settings.sync_every,

@@ -3,20 +3,27 @@
 The end of it is bounded: whatever state the server is in, `close` returns.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from forgather.diloco.farewell import let_server_save, take_leave
 from forgather.diloco.flights import Flights, Waiting
 from forgather.diloco.local_fragment import LocalFragment
 from forgather.diloco.membership import Heartbeats, Membership
-from forgather.diloco.presence import Beat
+from forgather.diloco.presence import Beat, Command
 from forgather.diloco.pulse import Pulse
 from forgather.diloco.schedule import Schedule
 from forgather.diloco.settings import Settings
 from forgather.diloco.turns import Turns
 from forgather.distributed.collectives import max_ranks, rank
 from forgather.errors import ForgatherError
+
+_ORDERS: Mapping[Command, str] = {
+    "save": "save",
+    "stop": "save and stop: an operator has removed it, or has commanded that",
+    "drain": "send what it has made, save and stop",
+    "abort": "end at once",
+}
 
 
 class Session:
@@ -57,7 +64,7 @@ class Session:
 
     def is_told_to_end(self) -> bool:
         """Whether nothing is to be waited for: a signal, or the server, wants the run to end."""
-        return self._is_stopping() or self.pulse.is_called_off
+        return self._is_stopping() or self.pulse.is_called_off or self.membership.is_removed
 
     def deliver(self, *, is_finished: bool) -> None:
         """See that the server has what it was sent, and keeps it, as far as that can be had. Collective.
@@ -86,7 +93,8 @@ class Session:
         return None if self._heartbeats is None else self._heartbeats.failure
 
     def _hear(self, beat: Beat) -> None:
-        self.pulse.hear(beat)
+        if self.pulse.hear(beat) and beat.command is not None:
+            self._say(f"{self.membership.address} tells this worker to {_ORDERS[beat.command]}")
         self.flights.wanted_sync_every = beat.sync_every
         if beat.command == "drain":
             self.flights.hurry()

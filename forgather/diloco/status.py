@@ -14,11 +14,7 @@ def table(status: Status) -> Iterator[str]:
     if workers:
         yield ""
         yield from aligned([WORKER_COLUMNS, *(worker_row(name, workers[name]) for name in sorted(workers))])
-    for held in status["held"]:
-        missing = sorted(set(held["expected"]) - set(held["workers"]))
-        waits = f", waits for {', '.join(missing)}" if missing else ""
-        who = ", ".join(held["workers"]) or "nobody"
-        yield f"fragment {held['fragment']}, round {held['round']}: in {duration(held['open_s'])} {who}{waits}"
+    yield from (_open_round(status, held) for held in status["held"])
     if status["history"]:
         yield ""
         yield from aligned([ROUND_COLUMNS, *(round_row(each) for each in status["history"][-5:])])
@@ -29,14 +25,12 @@ def headline(status: Status) -> Iterator[str]:
     live = sum(worker["state"] == "live" for worker in status["workers"].values())
     versions, durable = status["versions"], status["durable"]
     saved = "" if versions == durable else f", on disk {_spread(durable)}"
-    timeout = status["round_timeout_s"]
-    quorum = f", or {status['min_workers']} after {duration(timeout)}" if timeout else ""
     fragments = f" of {len(versions)} fragments" if len(versions) > 1 else ""
     yield f"{status['state']}, {status['mode']}, up {duration(status['uptime_s'])}"
     yield f"version {_spread(versions)}{fragments}{saved}; outer optimizer {status['outer']}"
-    yield f"{live} live worker{'s' if live != 1 else ''}; rounds of {status['num_workers']}{quorum}"
-    if status.get("trouble"):
-        yield f"TROUBLE: {printable(status['trouble'], 200)}"
+    yield f"{live} live worker{'s' if live != 1 else ''}; {_rounds(status, live)}"
+    for number, line in enumerate((status.get("trouble") or "").splitlines()):  # why, and what to do
+        yield f"{'  ' if number else 'TROUBLE: '}{printable(line.strip(), 200)}"
     model = status["model"]
     yield (
         f"{model['parameters']:,} parameters, {size(model['bytes'])}; received {size(status['bytes_up'])}, "
@@ -47,6 +41,40 @@ def headline(status: Status) -> Iterator[str]:
         # How many rows there are is known when the first worker has come.
         known = {name.replace("_", " "): value for name, value in ledger.items() if value is not None}
         yield "work units: " + ", ".join(f"{name} {_plain(value)}" for name, value in known.items())
+
+
+def _rounds(status: Status, live: int) -> str:
+    """Who is still to come before any round closes; once all are there, what a round is made of."""
+    if status["num_awaited"]:
+        return f"waits for {_more(status['num_awaited'])}: -n {status['num_workers']}"
+    if status["mode"] == "async":
+        return "each contribution makes a version"
+    if status["state"] == "waiting" and live < status["min_workers"]:
+        return f"waits for {_more(status['min_workers'] - live)}: --min-workers {status['min_workers']}"
+    timeout = status["round_timeout_s"]
+    quorum = f", or {status['min_workers']} after {duration(timeout)}" if timeout else ""
+    return f"rounds of {status['num_workers']}{quorum}"
+
+
+def _open_round(status: Status, held: Mapping[str, Any]) -> str:
+    who, missing = ", ".join(held["workers"]), waited_for(status, held)
+    waits = f", waits for {', '.join(missing)}" if missing else ""
+    where, age = f"fragment {held['fragment']}", duration(held["open_s"])
+    if status["mode"] == "async":
+        return f"{where}: version {held['round']}, {age} old{f', in {who}' if who else ''}{waits}"
+    return f"{where}, round {held['round']}: in {age} {who or 'nobody'}{waits}"
+
+
+def waited_for(status: Status, held: Mapping[str, Any]) -> list[str]:
+    """Whom an open round waits for: workers by name, and how many that are still to come."""
+    missing = sorted(set(held["expected"]) - set(held["workers"]))
+    # In an asynchronous training nobody waits for another, once it has begun with all.
+    named = [] if status["mode"] == "async" and any(status["versions"]) else missing
+    return [*named, _more(status["num_awaited"])] if status["num_awaited"] else named
+
+
+def _more(count: int) -> str:
+    return f"{count} more worker{'s' if count != 1 else ''}"
 
 
 WORKER_COLUMNS = (

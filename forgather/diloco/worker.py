@@ -194,7 +194,8 @@ class DiLoCo:
 
     def on_start(self, event: Started) -> None:
         self._is_hook = True
-        warning = None if self.settings is None else joining.too_few_steps(self.settings, event.steps)
+        registered = None if self._membership is None else self._membership.registered
+        warning = None if registered is None else joining.too_few_steps(registered, event.steps)
         if warning is not None and rank() == 0:
             self._say(warning)
 
@@ -243,7 +244,8 @@ class DiLoCo:
 
     def wants_stop(self) -> bool:
         """Whether the server has asked this worker to save and stop; rank 0 hears it."""
-        return self._pulse.command in ("stop", "drain")
+        is_removed = self._membership is not None and self._membership.is_removed
+        return is_removed or self._pulse.command in ("stop", "drain")
 
     def wants_abort(self) -> bool:
         """Whether the server has asked this worker to end without a save; rank 0 hears it."""
@@ -303,11 +305,20 @@ class DiLoCo:
     def _join(self) -> Turns:
         """Come to the server; all ranks then know who they are and what holds."""
         assert self.address is not None, "only an inert one has none"
+        assert self._holdings is not None, "only an inert one has none"
         who = Introduction(
             self._worker, self._key, self._key_file, self._mesh, self._digests, default=self._default_worker
         )
         is_known = self._restored is not None
-        self._membership = join(self.address, who, patience_s=self.patience_s, may_be_away=is_known, say=self._say)
+        self._membership = join(
+            self.address,
+            who,
+            patience_s=self.patience_s,
+            may_be_away=is_known,
+            trained=self._holdings.parameters,
+            say=self._say,
+            is_stopping=self._is_stopping,
+        )
         self._key, self._worker = self._membership.request.key, self._membership.request.worker
         if self._leases is not None:
             self._leases.join(self._membership, self._say)
@@ -338,7 +349,10 @@ class DiLoCo:
         """Let the settings that the server has now be in force, as far as a worker can go on under them."""
         joining.require_expected(settings, self._expected_sync_every, is_leased=self._leases is not None)
         if self._leases is None and settings.work_units and rank() == 0:
-            self._say("diloco: the server leases rows, and this run takes its own: others may train on the same ones")
+            self._say(
+                "diloco: the server leases rows, and this run takes its own: give each worker other ones, by a seed of "
+                "its own for example, or all train on the same"
+            )
         if self.settings is None or self._schedule is None:
             self._follow(settings)
             return

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import threading
@@ -65,6 +66,7 @@ def said(capsys, monkeypatch, tmp_path):
         (["-n", "2", "--upload", "fp8"], "invalid choice: 'fp8'"),
         (["-n", "2", "--outer-lr", "nan"], "'nan' is not a number"),
         (["-n", "2", "--alpha", "1.5"], "'1.5' is not a number from 0 to 1"),
+        (["-n", "2", "--alpha", "0.5"], "--alpha 0.5 is a part of the progress made in the steps of --delay"),
         (["-n", "2", "--delayed-nesterov", "3"], "--delayed-nesterov needs --async"),
         (["-n", "2", "--outer", "Adamm"], "Adamm"),
         (["-n", "2", "--outer", "AdamW [1]"], "is no optimizer"),
@@ -79,6 +81,7 @@ def said(capsys, monkeypatch, tmp_path):
         (["-n", "2", "--tls-cert", "absent.pem"], "--tls-cert needs --tls-key"),
         (["-n", "2", "--tls-cert", "absent.pem", "--tls-key", "absent.pem"], "absent.pem cannot be read"),
         (["-n", "2", "--client-ca", "absent.pem"], "--client-ca needs"),
+        (["-n", "2", "--token-file", "/etc/passwd"], "others than its owner may read"),
         (["-n", "2", "--save-every", "0"], "'0' is not a number"),
         (["-n", "2", "hidden_size=8"], "overrides a config, and the model is that of -m"),
         (["-n", "2", "fast"], "takes no word 'fast'"),
@@ -107,7 +110,7 @@ def test_a_model_that_does_not_load_is_told(said, package, tmp_path):
         assert code == 2, err
         assert str(path) in err
         assert "Traceback" not in err
-    code, _, err = said("server", "-n", 1)
+    code, _, err = said("server", "-n", 1, "--port", 0)
     assert (code, "-m PATH" in err) == (2, True)
     assert not (tmp_path / "runs").exists()
 
@@ -118,6 +121,20 @@ def test_a_port_in_use_is_told_before_the_model_is_loaded(said, tmp_path):
         code, _, err = said("server", "-m", tmp_path / "absent", "-n", 1, "--port", port)
     assert code == 2
     assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in err
+
+
+def test_a_token_that_cannot_be_made_leaves_no_folder(said, package, tmp_path):
+    code, _, err = said("server", "-m", package.dir, "-n", 1, "--port", 0, "--token-file", "/proc/absent/token")
+    assert (code, "the token cannot be written to /proc/absent/token" in err) == (2, True)
+    assert not (tmp_path / "runs" / "diloco").exists()
+
+
+@pytest.mark.parametrize("below", ["", "below"])
+def test_a_folder_that_cannot_be_made_is_no_server_to_be_ended(said, package, tmp_path, below):
+    (tmp_path / "file").touch()
+    code, _, err = said("server", "-m", package.dir, "-n", 1, "--port", 0, "-o", tmp_path / "file" / below)
+    assert (code, "cannot open the run folder" in err, "make the folder writable" in err) == (2, True, True)
+    assert "shutdown" not in err
 
 
 @pytest.mark.parametrize(
@@ -265,7 +282,9 @@ def test_a_server_is_asked_and_told_and_ended(said, serve, package, tmp_path, mo
         status = json.loads(said("status", *at, "--json")[1])
         assert (status["state"], status["versions"], status["num_workers"]) == ("waiting", [0, 0], 2)
         assert status["model"]["parameters"] == construct(package.dir).num_parameters()
-        assert said("status", *at)[1].startswith("waiting, sync, up ")
+        shown = said("status", *at)[1]
+        assert shown.startswith("waiting, sync, up ")
+        assert "0 live workers; waits for 2 more workers: -n 2\n" in shown
 
         said_set = said("control", *at, "set", "outer_lr=0.5", "min_workers=2")
         assert said_set[1] == "from the next round on: outer_lr 0.5, min_workers 2\n"
@@ -294,7 +313,7 @@ def test_a_server_is_asked_and_told_and_ended(said, serve, package, tmp_path, mo
         code, out, _ = said("package", tmp_path / "fetched", *at, "--trust-server-code")
         assert package_digest(Path(out.strip())) == package.digest
         code, _, err = said("server", "-m", package.dir, "-n", 1, "--port", 0, "-o", folder)
-        assert (code, "is used by a live run" in err) == (2, True)
+        assert (code, "is used by a live run" in err, "control shutdown" in err) == (2, True, True)
 
     assert serve(folder, script, "-m", package.dir, "--fragments", 2, "--seed", 3) == 75
     token = (folder / "token").read_text().strip()
@@ -325,15 +344,70 @@ def test_a_server_goes_on_without_its_model_and_with_tls(said, serve, package, t
         assert said("status", *at, *mine)[0] == 0
         code, _, err = said("status", *at)
         assert (code, "--tls-ca" in err) == (2, True)
-        said("cert", tmp_path / "foreign", "--host", "127.0.0.1")
+        said("cert", tmp_path / "foreign", "--host", "127.0.0.1", "--client", "worker")
         code, _, err = said("status", *at, "--tls-ca", tmp_path / "foreign" / "ca.pem")
         assert (code, "is not one to trust" in err) == (2, True)
+        strange = ("--tls-cert", tmp_path / "foreign" / "worker.pem")
+        strange = (*strange, "--tls-key", tmp_path / "foreign" / "worker-key.pem")
+        code, _, err = said("status", *at, *known, *strange, "--token-file", folder / "token")
+        assert (code, "accept this certificate" in err, "--client-ca" in err) == (2, True, True)
         return said("control", *at, *mine, "shutdown")[0] == 0
 
     tls = ("--tls-cert", made / "server.pem", "--tls-key", made / "server-key.pem", "--client-ca", made / "ca.pem")
     assert serve(folder, script, *tls) == 0
     assert "going on from" in (folder / "logs" / "run.log").read_text()
     assert (folder / "token").read_text() == token
+
+
+CONFIG = """
+package: !singleton:tests.models.example:package
+  folder: !singleton:pathlib:Path [FOLDER]
+  hidden_size: 64
+"""
+
+
+def test_a_folder_with_a_model_is_told_of_another_and_says_what_has_no_effect(
+    said, serve, tmp_path, capsys, monkeypatch
+):
+    folder, project = tmp_path / "served", tmp_path / "project"
+    (project / "configs").mkdir(parents=True)
+    (project / "project.yaml").write_text("default: small\n")
+    (project / "configs" / "small.yaml").write_text(CONFIG.replace("FOLDER", str(tmp_path / "models" / "small")))
+    other = example_package(tmp_path / "other", hidden_size=32)
+    other.write()
+    again = ("server", "-n", 1, "--port", 0, "-o", folder)
+
+    def log() -> str:
+        return (folder / "logs" / "run.log").read_text()
+
+    def last_start(*words: object) -> str:
+        before = len(log())
+        assert serve(folder, lambda address: False, *words) == 75
+        return log()[before:]
+
+    assert serve(folder, lambda address: False, "-p", project, "--seed", 7) == 75
+    assert "drawn with seed 7" in log()
+    assert "without effect" not in log()
+    assert "without effect" not in last_start()
+    assert "without effect: the config that is given and --seed 8," in last_start("-p", project, "--seed", 8)
+    written = log()
+    for words, named in (
+        (("-p", project, "package.hidden_size=32"), "the config that is given"),
+        (("-m", other.dir), f"-m {other.dir}"),
+    ):
+        with monkeypatch.context() as never:
+            never.setattr("asyncio.run", None)  # it is not to serve
+            code, _, err = said(*again, *words)
+        assert (code, f"made before, is not that of {named}" in err, "-o ANOTHER" in err) == (2, True, True), err
+    assert log() == written
+    # Nothing but the folder is needed to go on.
+    shutil.rmtree(project)
+    capsys.readouterr()
+    assert "without effect: the config that is given," in last_start("-p", project)
+    assert "warning: the config that is given cannot be compared" in capsys.readouterr().err
+    values, _ = served_model(folder).first_values(seed=0)
+    plain = dict(construct(tmp_path / "models" / "small", "cpu", seed=7).named_parameters())
+    assert all(torch.equal(values[name], value) for name, value in plain.items())
 
 
 def test_a_plan_of_given_numbers(said):

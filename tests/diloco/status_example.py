@@ -49,6 +49,7 @@ _EXAMPLE: dict[str, Any] = {
     "versions": [5, 4],
     "durable": [4, 4],
     "num_workers": 2,
+    "num_awaited": 0,
     "min_workers": 1,
     "round_timeout_s": 600.0,
     "workers": {

@@ -1,6 +1,8 @@
 """Workers speak to the server that they mean and to no other, and a certificate stands for a token."""
 
 import contextlib
+import http.client
+import inspect
 import socket
 import ssl
 import stat
@@ -9,10 +11,12 @@ import threading
 import pytest
 from cryptography import x509
 
-from forgather.diloco.address import server_named
+from forgather.diloco.address import naming, server_named
 from forgather.diloco.certificates import is_for, make_certificates, own_names
 from forgather.diloco.security import SecurityError
 from forgather.diloco.tls import client_context, server_context
+from forgather.diloco.training import build_worker
+from forgather.errors import DistributedError
 
 
 @pytest.fixture(scope="module")
@@ -177,3 +181,39 @@ def test_a_client_finds_its_certificates_where_it_is_told(folder):
     with pytest.raises(SecurityError, match="without TLS"):
         server_named("http://10.0.0.1", environ=environ)
     assert server_named("https://box.example.org", environ={}).tls is not None
+
+
+def reasoned(text: str) -> ssl.SSLError:
+    error = ssl.SSLError(1, text)
+    error.reason = text
+    return error
+
+
+def test_a_server_that_ends_the_connection_may_not_accept_the_certificate(folder):
+    shown = server_named(
+        "a", tls_ca=folder / "ca.pem", tls_cert=folder / "worker.pem", tls_key=folder / "worker-key.pem"
+    )
+    without = server_named("a", tls_ca=folder / "ca.pem", environ={})
+    plain = server_named("a", environ={})
+    assert (shown.has_certificate, without.has_certificate, plain.has_certificate) == (True, False, False)
+    closed = "Remote end closed connection without response"
+    ended = [http.client.RemoteDisconnected(closed), BrokenPipeError(), ConnectionResetError(), ssl.SSLEOFError()]
+    for error in ended:
+        told = shown.unreachable(error)
+        assert isinstance(told, DistributedError)  # it may also be a server that ends just now
+        assert "may not accept this certificate" in told.message
+        assert "--client-ca" in str(told.fix)
+        told = without.unreachable(error)
+        assert "may not accept a client without a certificate" in told.message
+        assert naming("tls_cert", "CLIENT.pem") in str(told.fix)
+    assert "does not accept this certificate" in shown.unreachable(reasoned("TLSV1_ALERT_UNKNOWN_CA")).message
+    for address, error in ((without, "TLSV1_ALERT_UNKNOWN_CA"), (shown, "WRONG_VERSION_NUMBER")):
+        assert "do not agree about TLS" in address.unreachable(reasoned(error)).message
+    assert "certificate" not in str(plain.unreachable(ended[0]))
+    assert "no DiLoCo server at a:8512" in shown.unreachable(ConnectionRefusedError()).message
+
+
+@pytest.mark.parametrize("name", ["token_file", "tls_ca", "tls_cert"])
+def test_remedies_name_what_a_run_takes(name):
+    assert naming(name, "FILE").startswith(f"diloco.{name}=FILE of `train`, --{name.replace('_', '-')} FILE of ")
+    assert name in inspect.signature(build_worker).parameters

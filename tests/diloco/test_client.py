@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from forgather.diloco.address import ServerAddress
-from forgather.diloco.client import Client, UnknownWorkerError, UnreachableError
+from forgather.diloco.client import Client, RemovedError, UnknownWorkerError, UnreachableError
 from forgather.diloco.frame import pack_header
 from forgather.diloco.messages import Accepted, Closed, Contribution, Identity, Slice, Values, Version, WantValues
 from forgather.diloco.payload import Payload
@@ -107,6 +107,7 @@ def test_an_answer_that_comes_early_is_heard_and_the_rest_is_not_sent():
         (503, UnreachableError),
         (507, UnreachableError),  # its disk is full, until somebody makes room
         (408, UnreachableError),
+        (410, RemovedError),
         (401, ForgatherError),
         (409, DistributedError),
         (422, DistributedError),
@@ -116,11 +117,11 @@ def test_refusals_are_of_their_kind_and_say_nothing_secret(status, kind):
     refusal = answer(status, {"error": "it is so", "fix": "do this"})
     with answering(refusal) as (address, _), pytest.raises(kind) as raised:
         client(address).heartbeat(Heartbeat(1))
-    assert isinstance(raised.value, (UnknownWorkerError, UnreachableError)) == (status in (404, 408, 503, 507))
+    assert isinstance(raised.value, (UnknownWorkerError, UnreachableError)) == (status in (404, 408, 410, 503, 507))
     assert TOKEN not in str(raised.value)
     assert KEY not in str(raised.value)
     assert status in (404, 401) or "it is so" in str(raised.value)
-    assert status not in (409, 422) or raised.value.fix == "do this"
+    assert status not in (409, 410, 422) or raised.value.fix == "do this"
 
 
 def test_a_server_that_is_not_there_may_come():

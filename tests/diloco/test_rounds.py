@@ -102,6 +102,24 @@ def test_the_first_round_waits_until_as_many_as_were_asked_for_have_come() -> No
     assert server.due() == ["a", "b"]
 
 
+def test_one_that_left_before_it_brought_anything_has_not_come() -> None:
+    server = Server(num_workers=2)
+    server.come("a", "refused")
+    assert server.rounds.num_awaited == 0
+    server.bring("a")
+    server.members.leave("refused", key_of("refused"))
+    server.rounds.left("refused")
+    assert server.due() == []
+    assert server.rounds.is_waiting
+    assert server.rounds.num_awaited == 1
+    server.come("b")
+    server.bring("b")
+    assert server.close() == [("a", 0), ("b", 0)]
+    server.members.leave("b", key_of("b"))
+    server.rounds.left("b")
+    assert server.rounds.num_awaited == 0  # from here on those who are there are enough
+
+
 def test_a_deadline_does_not_let_the_first_round_pass_before_all_have_come() -> None:
     server = Server(num_workers=2, round_timeout_s=5.0)
     server.come("a")
@@ -431,13 +449,13 @@ class TestCommands:
         server.rounds.left("a")
         with pytest.raises(ProtocolError) as unknown:
             server.members.require("a", key_of("a"))
-        assert unknown.value.status == 404
+        assert unknown.value.status == 410
         for _ in range(2):  # an answer may be lost
             command, number = self.beat(server, "a")
             assert command == "stop"
             with pytest.raises(ProtocolError, match="removed by the operator") as refused:
                 server.members.register(Register("a", key_of("a")))
-            assert refused.value.status == 409
+            assert refused.value.status == 410
         self.beat(server, "a", number)  # it saves, and is no worker that has come back
         assert not server.members.leave("a", key_of("a"))
         assert server.members.register(Register("a", key_of("a"))) == "back"

@@ -277,6 +277,10 @@ def test_what_is_no_contribution_is_refused_with_what_to_do(tmp_path: Path) -> N
             reply = ask(server, "PUT", where, body, key=worker.key)
             assert (reply.status, message in reply.json["error"]) == (status, True), (where, body[:20], reply)
             assert reply.json["fix"] or status in (400, 413, 422)
+        num_refused = sum(status in (400, 413, 422) for _, _, status, _ in cases)
+        assert server.status()["refused"] == num_refused
+        ask(server, "POST", "/v1/units", b"{}", key=worker.key)  # 422 too, and no contribution
+        assert server.status()["refused"] == num_refused
         wrong_key = ask(server, "PUT", path, good, key="another-key-0123456789")
         assert wrong_key.status == 403
         assert server.status()["versions"] == [0]
@@ -436,8 +440,8 @@ def test_a_kicked_workers_contribution_does_not_count_and_its_process_is_told_to
         a, b = come(server, "a", "b")
         b.contribute(0, one(100.0))
         assert ask(server, "POST", "/v1/control/kick", {"worker": "b"}).status == 200
-        assert b.contribute(0, one(100.0)).status == 404
-        assert b.register().status == 409
+        assert b.contribute(0, one(100.0)).status == 410
+        assert b.register().status == 410
         assert b.beat().json["command"] == "stop"
         a.contribute(0, one(1.0))
         _, held = a.taken(one(0.0), whole(one(0.0)), at_least=1)
@@ -604,6 +608,16 @@ def test_an_asynchronous_server_applies_each_contribution_alone(tmp_path: Path) 
         assert server.status()["spool"] == {"memory_bytes": 0, "disk_bytes": 0}
         assert w1.contribute(0, one(0.5), content="values").status in (200, 422)
         assert w1.contribute(3, one(0.5), content="values").status == 422
+
+
+def test_what_changes_nothing_on_an_asynchronous_server_cannot_be_set(tmp_path: Path) -> None:
+    with running_server(tmp_path, one(0.0), settings_of(one(0.0), mode="async")) as server:
+        for name in ("min_workers", "round_timeout_s"):
+            reply = ask(server, "POST", "/v1/control/set", {"num_workers": 3, name: 2})
+            assert (reply.status, f"{name} would change nothing" in reply.json["error"]) == (400, True)
+        assert server.status()["num_workers"] == 1
+        assert ask(server, "POST", "/v1/control/set", {"num_workers": 2, "outer_lr": 0.5}).status == 200
+        assert server.status()["num_workers"] == 2
 
 
 def test_what_is_stale_counts_less(tmp_path: Path) -> None:

@@ -18,7 +18,10 @@ from torch import Tensor
 
 from forgather.checkpoint import background
 from forgather.checkpoint.layout import read_layout
+from forgather.checkpoint.run_folder import RunFolder
+from forgather.checkpoint.state import TrainState
 from forgather.checkpoint.storage import read_tensor
+from forgather.checkpoint.store import CheckpointStore
 from forgather.cli.main import main
 from forgather.diloco import publisher, server_state
 from forgather.diloco.fragment_values import FragmentValues
@@ -580,6 +583,21 @@ def test_a_folder_of_another_format_is_refused_with_a_way_out(tmp_path: Path, mo
     with pytest.raises(CheckpointError, match="has format 1") as refused, running_server(tmp_path, one(0.0)):
         pass
     assert "forgather export" in str(refused.value.fix)
+
+
+@pytest.mark.parametrize("extras", [{}, {"diloco": {}}, {"diloco": {"worker": "alpha", "steps": 3}}])
+def test_a_folder_of_a_training_run_is_none_of_a_server(tmp_path: Path, extras: dict[str, Any]) -> None:
+    class Extra:
+        def __init__(self, state: dict[str, Any]) -> None:
+            self.state_dict = lambda: state
+
+    model = torch.nn.Linear(2, 2)
+    with RunFolder(tmp_path) as run, CheckpointStore(run, asynchronous=False) as store:
+        said = {name: Extra(state) for name, state in extras.items()}
+        store.save(TrainState(model, torch.optim.SGD(model.parameters()), said), 1)  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match="of a training run") as refused, running_server(tmp_path, one(0.0)):
+        pass
+    assert "-o DIR" in str(refused.value.fix)
 
 
 def test_after_a_restart_all_are_to_say_that_they_are_there_and_their_names_are_theirs(tmp_path: Path) -> None:

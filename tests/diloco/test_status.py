@@ -74,6 +74,38 @@ def test_a_server_that_has_just_started():
     assert "forgather_diloco_version" in exposition(status)
 
 
+def test_who_is_still_to_come_is_said():
+    status = example() | {"state": "waiting", "versions": [0], "durable": [0], "num_workers": 3, "num_awaited": 1}
+    status["held"] = [{"fragment": 0, "round": 0, "workers": ["box1"], "expected": ["box1", "box2"], "open_s": 52.0}]
+    lines = list(table(status))
+    assert lines[2] == "1 live worker; waits for 1 more worker: -n 3"
+    assert "fragment 0, round 0: in 52 s box1, waits for box2, 1 more worker" in lines
+    assert "box2, 1 more worker" in Reader(page(status)).texts
+    later = status | {"num_workers": 4, "num_awaited": 0, "min_workers": 4}
+    assert list(table(later))[2] == "1 live worker; waits for 3 more workers: --min-workers 4"
+
+
+def test_in_an_asynchronous_training_nobody_is_waited_for_once_all_have_come():
+    status = example() | {"mode": "async", "round_timeout_s": None}
+    lines = list(table(status))
+    assert lines[2] == "1 live worker; each contribution makes a version"
+    assert "fragment 1: version 4, 12 s old, in box1" in lines
+    assert "box2" not in Reader(page(status)).texts[Reader(page(status)).texts.index("waits for") :][:6]
+    status |= {"num_awaited": 2, "num_workers": 3}
+    begun = table(status | {"versions": [0, 0]})
+    assert "fragment 1: version 4, 12 s old, in box1, waits for box2, 2 more workers" in list(begun)
+    lines = list(table(status))
+    assert lines[2] == "1 live worker; waits for 2 more workers: -n 3"
+    assert "fragment 1: version 4, 12 s old, in box1, waits for 2 more workers" in lines
+
+
+def test_what_is_wrong_and_what_to_do_are_lines_of_their_own():
+    trouble = "cannot write /x: No space left on device\n  fix: free space where /x is\x1b[2J"
+    lines = list(table(example() | {"trouble": trouble}))
+    place = lines.index("TROUBLE: cannot write /x: No space left on device")
+    assert lines[place + 1] == "  fix: free space where /x is?[2J"
+
+
 def test_a_terminal_gets_no_control_characters():
     status = example()
     status["workers"]["box1"] = worker(host=HOSTILE, mesh="\x1b]0;title\x07" + "x" * 200)

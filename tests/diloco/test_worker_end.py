@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from forgather.diloco import flights
 from forgather.diloco.frame import ProtocolError
 from tests.diloco.loops import address_of, equals_server, sgd, small_model, train, values_of, worker
 from tests.diloco.running_server import RunningServer, running_server, settings_of
@@ -133,6 +134,35 @@ def test_a_worker_that_waits_for_others_heeds_the_server(tmp_path, command):
         server.call(lambda: server.coordinator.controls.command("waiting", command))
         stepping.join(10)
         assert not stepping.is_alive()
+        part(waiting, other)
+
+
+def test_one_that_is_removed_saves_also_where_a_request_tells_it_before_a_heartbeat_does(tmp_path):
+    with running_server(tmp_path, VALUES, settings(heartbeat_s=60.0), num_workers=2) as server:
+        removed, other = Counter(address_of(server), "removed"), Counter(address_of(server), "other")
+        come(removed, other)
+        server.call(lambda: server.coordinator.controls.kick("removed"))
+        assert not removed.diloco.wants_stop()
+        assert ended(lambda: removed.step(2))
+        assert removed.diloco.wants_stop()
+        assert removed.diloco.state_dict()["flights"]  # what it has made is in its checkpoint
+        part(removed, other)
+
+
+def test_what_is_waited_for_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(flights, "_SILENT_S", 0.1)
+    with running_server(tmp_path, VALUES, settings(), num_workers=2) as server:
+        waiting = Counter(address_of(server), "waiting")
+        come(waiting)
+        stepping = threading.Thread(target=waiting.step, args=(2,), daemon=True)
+        stepping.start()
+        wait_for(lambda: any(text.startswith("waiting: round 0 is not closed yet") for text in waiting.said))
+        other = Counter(address_of(server), "other")
+        come(other)
+        other.step(2)
+        stepping.join(10)
+        assert not stepping.is_alive()
+        assert sum(text.startswith("waiting") for text in waiting.said) == 1
         part(waiting, other)
 
 

@@ -1,0 +1,66 @@
+"""How a worker comes to a server that is not there, and what it is told of a run that is too short."""
+
+import time
+
+import pytest
+
+from forgather.diloco.address import ServerAddress
+from forgather.diloco.joining import Introduction, join, too_few_steps
+from forgather.diloco.presence import Registered
+from forgather.errors import EXIT_UNAVAILABLE, ConfigError, UnavailableError
+from tests.diloco.loops import address_of
+from tests.diloco.running_server import running_server, settings_of
+from tests.diloco.test_exchange import VALUES
+
+NOWHERE = ServerAddress("127.0.0.1", 9)
+
+
+def test_a_server_that_stays_away_is_no_users_mistake():
+    said: list[str] = []
+    with pytest.raises(UnavailableError, match="cannot be reached") as raised:
+        join(NOWHERE, Introduction("alpha"), patience_s=0.2, may_be_away=False, say=said.append)
+    assert raised.value.exit_code == EXIT_UNAVAILABLE
+    assert len(said) == 1
+
+
+def test_a_run_that_is_told_to_stop_does_not_wait_for_a_server():
+    begun = time.monotonic()
+    with pytest.raises(UnavailableError):
+        join(
+            NOWHERE,
+            Introduction("alpha"),
+            patience_s=60,
+            may_be_away=False,
+            say=str,
+            is_stopping=lambda: time.monotonic() > begun + 0.5,
+        )
+    assert time.monotonic() - begun < 10
+
+
+def test_a_run_of_another_model_hears_what_differs_and_is_no_worker(tmp_path):
+    with running_server(tmp_path, VALUES, settings_of(VALUES)) as server:
+        with pytest.raises(ConfigError, match=r"of another shape: weight \(\[1, 1\] on the server, \[2\] here\)"):
+            join(
+                address_of(server),
+                Introduction("alpha"),
+                patience_s=5,
+                may_be_away=False,
+                say=str,
+                trained={"weight": (2,)},
+            )
+        assert not server.status()["workers"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "momentum", "warning"),
+    [
+        (9, 0.9, "exchange every 10"),
+        (100, 0.9, "10 rounds of 10"),
+        (100, 0.5, None),
+        (500, 0.9, None),
+    ],
+)
+def test_what_a_run_of_few_rounds_is_told(steps, momentum, warning):
+    registered = Registered(settings_of(VALUES, sync_every=10), [], outer={"lr": 0.7, "momentum": momentum})
+    told = too_few_steps(Registered.from_json(registered.to_json()), steps)
+    assert (told is None) if warning is None else warning in (told or "")
