@@ -63,5 +63,11 @@ class UnavailableError(DistributedError):
     exit_code = EXIT_UNAVAILABLE
 
 
+class StoppedError(ForgatherError):
+    """A run was told to stop before it had begun, so there is nothing to save. The same command begins it."""
+
+    exit_code = EXIT_RESUMABLE
+
+
 class TrainingError(ForgatherError):
     """A run cannot go on as configured."""

@@ -83,17 +83,13 @@ def served_model(path: Path, weights: Path | None = None) -> ServedModel:
 
 def model_of_folder(folder: Path, options: Options) -> ServedModel:
     """The model that was served from `folder` before. ConfigError where -m, or the config, is of another."""
-    if options.model is not None:
-        given = served_model(Path(options.model))
-        digest: str | None = given.package_digest
-    else:
-        given, digest = served_model(folder), _digest_of_config(options)
+    digest = _digest_of_config(options) if options.model is None else _digest_of_model(Path(options.model))
     if digest is not None and digest != package_digest(ModelFolder(folder).dir):
         raise ConfigError(
             f"the model in {folder}, made before, is not that of {_source(options)}",
             fix=f"-o ANOTHER begins with that one; without it, the one in {folder} is trained further",
         )
-    return given
+    return served_model(folder)
 
 
 def passed_over(options: Options) -> list[str]:
@@ -111,6 +107,15 @@ def _source(options: Options) -> str:
 def _names_config(options: Options) -> bool:
     """Whether the command line says which, and does not just stand in a project's folder."""
     return bool(options.overrides) or options.project_dir != "." or options.config_name is not None
+
+
+def _digest_of_model(path: Path) -> str | None:
+    """Of a model by its path; None where there is none any more."""
+    try:
+        return package_digest(ModelFolder(path).dir)
+    except ForgatherError as error:
+        print_warning(f"{path} cannot be compared with the model that is served: {error.message}")
+        return None
 
 
 def _digest_of_config(options: Options) -> str | None:

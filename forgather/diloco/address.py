@@ -17,7 +17,7 @@ from forgather.errors import DistributedError, ForgatherError
 
 DEFAULT_PORT = 8512
 _MAX_ANSWER_BYTES = 64 << 20  # of JSON
-_ENDED = (ConnectionResetError, BrokenPipeError, ssl.SSLEOFError)  # by the other side
+ENDED = (ConnectionResetError, BrokenPipeError, ssl.SSLEOFError)  # by the other side
 _ADDRESS = re.compile(r"(?:(https?)://)?(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\s:/\[\]@]+))(?::(\d{1,5}))?/?")
 _CERTIFICATE_FIX = (
     "see whether the server still runs, whether its --client-ca is the ca.pem that made this certificate (`forgather "
@@ -84,7 +84,7 @@ class ServerAddress:
                 f"{self} does not answer as a DiLoCo server without TLS does: {error or type(error).__name__}",
                 fix=f"if it was started with --tls-cert, {naming('tls_ca', 'CA.pem')}; look at the port otherwise",
             )
-        if isinstance(error, _ENDED) and self.tls is not None:
+        if isinstance(error, ENDED) and self.tls is not None:
             return self._ended()
         if isinstance(error, ssl.SSLError):
             if self.has_certificate and "ALERT" in (error.reason or ""):

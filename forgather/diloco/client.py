@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from forgather.diloco.address import ServerAddress
+from forgather.diloco.address import ENDED, ServerAddress
 from forgather.diloco.frame import header_length, pack_header, parse_json
 from forgather.diloco.messages import Accepted, Closed, Contribution, Identity, Values, WantValues
 from forgather.diloco.payload import DIGEST_BYTES, Payload
@@ -32,13 +32,17 @@ _BUSY = (408, 425, 429, 500, 502, 503, 504, 507)  # the server lives, and cannot
 class UnreachableError(DistributedError):
     """The server did not answer, or could not just now; the same request can be made again."""
 
+    is_there = False  # it has answered, so the network is not what is wrong
+
     def __init__(self, message: str, *, fix: str | None = None, is_there: bool = False) -> None:
         super().__init__(message, fix=fix)
-        self.is_there = is_there  # it has answered, so the network is not what is wrong
+        self.is_there = is_there
 
 
 class RemovedError(UnreachableError):
     """The operator has removed this worker: nothing that it asks for is answered, and it is to end."""
+
+    is_there = True
 
     def __init__(self, message: str, *, fix: str | None = None) -> None:
         super().__init__(message, fix=fix, is_there=True)
@@ -95,6 +99,7 @@ class Client:
         self._timeout_s = timeout_s
         self._connection: http.client.HTTPConnection | None = None
         self._lock = threading.Lock()
+        self._was_answered = False
         self.is_aborted = False
 
     def register(self, request: Register) -> Registered:
@@ -220,12 +225,14 @@ class Client:
                 raise UnreachableError("this worker has ended its exchanges")
             connection.sock.settimeout(self._timeout_s)
             yield connection
+            self._was_answered = True
         except (OSError, http.client.HTTPException) as error:
             self.close()
             if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
                 raise self.address.unreachable(error) from error  # a wrong certificate does not mend itself
-            if self.address.tls is not None and isinstance(error, ConnectionResetError | ssl.SSLEOFError):
-                raise UnreachableError(self.address.unreachable(error).message) from error  # it says what that may be
+            if self.address.tls is not None and isinstance(error, ENDED) and not self._was_answered:
+                said = self.address.unreachable(error)  # what that may be
+                raise UnreachableError(said.message, fix=said.fix) from error
             raise UnreachableError(f"{self.address}: {_reason(error)}") from error
         except BaseException:
             self.close()  # an answer that was not read to its end cannot be followed by another

@@ -11,7 +11,7 @@ from forgather.diloco.flight import Flight
 from forgather.diloco.membership import Membership
 from forgather.diloco.settings import Settings
 from forgather.distributed.collectives import rank, sum_ranks, world_size
-from forgather.errors import ForgatherError, UnavailableError
+from forgather.errors import ForgatherError, StoppedError, UnavailableError
 
 _POLL_S = 0.01  # between two agreements while the ranks wait together
 _REFUSED_TIMES = 10  # as long as for a server that is away, one that cannot take something now is waited for
@@ -72,7 +72,8 @@ class Flights:
     def attend(self, step: int, delay: int, *, is_needed: bool = False) -> None:
         """See to what is under way after `step`, and wait for what is due, `delay` steps after it began.
 
-        What has once been waited for in vain is taken in whenever it comes. UnavailableError when it `is_needed`.
+        What has once been waited for in vain is taken in whenever it comes. When it `is_needed`,
+        UnavailableError for that, and StoppedError where the run is to stop before.
         """
         with ExitStack() as waiting:
             self._attend(step, delay, waiting, is_needed=is_needed)
@@ -87,7 +88,11 @@ class Flights:
             awaited = [
                 flight for flight in self.under_way.values() if flight.is_due(step, delay) and not flight.is_overdue
             ]
-            if not awaited or (standing.is_stopping and not is_needed):
+            if not awaited:
+                break
+            if standing.is_stopping:
+                if is_needed:
+                    raise StoppedError("the run was told to stop before it had the server's values")
                 break
             if standing.away_ms > self._patience_ms:
                 self._give_up(awaited, is_needed=is_needed)

@@ -15,7 +15,7 @@ from forgather.diloco.presence import WORKER_NAME, Register, Registered
 from forgather.diloco.security import write_secret
 from forgather.diloco.settings import Settings
 from forgather.distributed.collectives import broadcast_object, rank
-from forgather.errors import ConfigError, ForgatherError, UnavailableError
+from forgather.errors import ConfigError, ForgatherError, StoppedError, UnavailableError
 
 _FEW_ROUNDS = 50  # in fewer, and with this much momentum, too much of each round's way is made again in the next
 _HIGH_MOMENTUM = 0.7
@@ -138,9 +138,9 @@ def join(
 ) -> Membership:
     """Register with the server, on rank 0, and let all ranks know the answer. Collective; an error is raised on all.
 
-    A server that stays away for `patience_s`, or until the run `is_stopping`, is an UnavailableError, unless it
-    `may_be_away`: nothing is known of it then. ConfigError, naming what differs, before anything is registered, where
-    the parameters of the run, `trained` with their shapes, are not the server's.
+    A server that stays away for `patience_s` is an UnavailableError, unless it `may_be_away`: nothing is known of it
+    then. StoppedError where the run `is_stopping` meanwhile. ConfigError, naming what differs, before anything is
+    registered, where the parameters of the run, `trained` with their shapes, are not the server's.
     """
     membership: Membership | None = None
     request, origin = Register("", ""), secrets.token_hex(8)
@@ -183,14 +183,19 @@ def _reach(
             except RemovedError:
                 raise
             except UnreachableError as error:
-                if is_stopping() or time.monotonic() - begun > patience_s:
+                if is_stopping():
+                    raise StoppedError(
+                        f"the run was told to stop before it had reached {membership.address}"
+                    ) from error
+                if time.monotonic() - begun > patience_s:
                     if may_be_away:
                         say(f"warning: {error.message}; going on without it until it is there")
                         return None
                     raise UnavailableError(
                         f"the server cannot be reached: {error.message}",
-                        fix="see that `forgather diloco server` runs there, and that the address is the one "
-                        "that it printed",
+                        fix=error.fix
+                        or "see that `forgather diloco server` runs there, and that the address is the one that it "
+                        "printed",
                     ) from error
                 if not has_said:
                     say(f"{error.message}; trying again for {patience_s:g} s")

@@ -117,6 +117,8 @@ class LeaseDesk:
                 news = News(question.sequence, *client.leases(question))
                 self._why = None
             except (UnreachableError, UnknownWorkerError) as error:
+                if isinstance(error, UnreachableError):
+                    membership.note(error)
                 self._why = error.message  # both pass: the heartbeats register again
                 has_left.wait(backoff.next_s())
             except ForgatherError as error:

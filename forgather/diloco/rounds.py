@@ -57,9 +57,12 @@ class Rounds:
         self.min_workers = 1
         self.round_timeout_s: float | None = None
         self._awaited = 1  # no round closes before so many have come; 0 once one was closed
+        self._have_come = False  # so many have lived at once
+        self._removed: set[str] = set()  # by the operator, before so many had come: they are not waited for
+        self._takes_nobody = False
         self.num_wanted = 1
-        self.change(num_workers=num_workers, min_workers=min_workers, round_timeout_s=round_timeout_s)
         self.rounds = [Round(version, opened_at=clock()) for version in versions]
+        self.change(num_workers=num_workers, min_workers=min_workers, round_timeout_s=round_timeout_s)
         self.counted = [Counted() for _ in versions]
 
     def change(
@@ -85,12 +88,15 @@ class Rounds:
         if round_timeout_s is not None:
             self.round_timeout_s = round_timeout_s or None
         if num_workers is not None:
-            self.num_wanted = self._awaited = wanted
+            self.num_wanted, self._awaited = wanted, 0 if self._takes_nobody else wanted
+            self._removed.clear()
+            self._have_come = False
+            self._have_come = self.num_awaited == 0
         self.min_workers = least
 
     def nobody_else_comes(self) -> None:
         """Close rounds with those who are there, however many were awaited."""
-        self._awaited = 0
+        self._awaited, self._takes_nobody = 0, True
 
     @property
     def is_made_again(self) -> bool:
@@ -105,18 +111,20 @@ class Rounds:
     @property
     def num_workers(self) -> int:
         """How many workers a round is made of now: those that must come first, then those that live."""
-        return max(self._awaited if self.num_awaited else 0, self.min_workers, len(self.members.live()))
+        live = len(self.members.live())
+        return max(live + self.num_awaited, self.min_workers)
 
     @property
     def num_awaited(self) -> int:
         """How many workers are still to come before a round can close, where so many were asked for.
 
-        One that left before it had brought anything, as it was refused its data for example, has not come. One that
-        has died has.
+        They have come when so many live at once; who has brought something need not live any more. One that has left
+        before that, as it was refused its data for example, has not come.
         """
-        came = set().union(*(each.expected for each in self.rounds))
-        brought = {worker for each in self.rounds for worker, _ in each.complete}
-        return max(0, self._awaited - len(came | brought))
+        if self._have_come:
+            return 0
+        brought = {worker for each in self.rounds for worker, _ in each.complete if worker in self.members}
+        return max(0, self._awaited - len(self._removed) - len(brought | self._present()))
 
     @property
     def is_waiting(self) -> bool:
@@ -128,17 +136,22 @@ class Rounds:
         if self._awaited or not any(each.version.number for each in self.rounds):
             for each in self.rounds:
                 each.expected.add(worker)
+        self._removed.discard(worker)
+        self._have_come = self.num_awaited == 0
 
     def left(self, worker: str) -> None:
         """A worker is not expected any more, should it come back or not; what is complete of it counts."""
         for each in self.rounds:
             each.expected.discard(worker)
+        if not any(name == worker for each in self.rounds for name, _ in each.complete):
+            self._have_come = False  # as far as it was one of them; those who are there are counted again
 
     def removed(self, worker: str) -> None:
         """An operator wants it to be done without this worker: also a first round waits for one less."""
-        if any(worker in each.expected for each in self.rounds):
-            self._awaited = max(0, self._awaited - 1)
-        self.left(worker)
+        for each in self.rounds:
+            each.expected.discard(worker)
+        if not self._have_come:
+            self._removed.add(worker)
 
     def expected(self, fragment: int) -> set[str]:
         """Whose contributions the round waits for."""
@@ -242,6 +255,7 @@ class Rounds:
     def close(self, fragment: int, contributors: Sequence[Member]) -> None:
         """The outer step begins; until it is published the round takes nothing."""
         self._awaited = 0
+        self._removed.clear()
         self.rounds[fragment].closing = list(contributors)
 
     def published(self, fragment: int, version: Version, bases: Sequence[Version]) -> list[Member]:

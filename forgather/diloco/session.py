@@ -16,7 +16,7 @@ from forgather.diloco.schedule import Schedule
 from forgather.diloco.settings import Settings
 from forgather.diloco.turns import Turns
 from forgather.distributed.collectives import max_ranks, rank
-from forgather.errors import ForgatherError
+from forgather.errors import DistributedError, ForgatherError
 
 _ORDERS: Mapping[Command, str] = {
     "save": "save",
@@ -49,6 +49,7 @@ class Session:
         self._is_stopping = is_stopping
         self._say = say
         self._heartbeats: Heartbeats | None = None
+        self._was_told = False
         self.flights = Flights(
             membership,
             settings,
@@ -66,6 +67,15 @@ class Session:
         """Whether nothing is to be waited for: a signal, or the server, wants the run to end."""
         return self._is_stopping() or self.pulse.is_called_off or self.membership.is_removed
 
+    def require_place(self) -> None:
+        """DistributedError where this worker was told to end, and has made another step since. Collective."""
+        was_told, self._was_told = self._was_told, bool(max_ranks(int(self.is_told_to_end())))
+        if was_told:
+            raise DistributedError(
+                f"the worker {self.membership.request.worker} is to end: it was removed, or told to stop",
+                fix="save what is to be kept, and end; a loop hears it in time by `if diloco.wants_stop(): break`",
+            )
+
     def deliver(self, *, is_finished: bool) -> None:
         """See that the server has what it was sent, and keeps it, as far as that can be had. Collective.
 
@@ -73,7 +83,7 @@ class Session:
         """
         is_delivered = self.flights.deliver()
         is_kept = not max_ranks(int(any(fragment.kept for fragment in self.turns.fragments)))
-        if rank() > 0 or self.is_told_to_end():
+        if rank() > 0 or (self.is_told_to_end() and not is_finished):
             return
         if not is_delivered:
             self._say(

@@ -366,10 +366,11 @@ class DiLoCo:
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG002  what torch passes
         assert self._session is not None, "it has joined"
         self._pulse.pace.step_ended()
-        self.steps += 1
-        self._pulse.steps = self.steps
+        self._pulse.steps = self.steps = self.steps + 1
         self._is_finished = False
         self._session.turns.after_step(self.steps)
+        if not self._is_hook:  # a trainer asks by itself
+            self._session.require_place()
         self._pulse.pace.step_begins()
 
     # The end

@@ -7,7 +7,7 @@ import pytest
 from forgather.diloco.address import ServerAddress
 from forgather.diloco.joining import Introduction, join, too_few_steps
 from forgather.diloco.presence import Registered
-from forgather.errors import EXIT_UNAVAILABLE, ConfigError, UnavailableError
+from forgather.errors import EXIT_UNAVAILABLE, ConfigError, StoppedError, UnavailableError
 from tests.diloco.loops import address_of
 from tests.diloco.running_server import running_server, settings_of
 from tests.diloco.test_exchange import VALUES
@@ -25,7 +25,7 @@ def test_a_server_that_stays_away_is_no_users_mistake():
 
 def test_a_run_that_is_told_to_stop_does_not_wait_for_a_server():
     begun = time.monotonic()
-    with pytest.raises(UnavailableError):
+    with pytest.raises(StoppedError, match="told to stop"):
         join(
             NOWHERE,
             Introduction("alpha"),

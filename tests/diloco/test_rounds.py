@@ -120,6 +120,50 @@ def test_one_that_left_before_it_brought_anything_has_not_come() -> None:
     assert server.rounds.num_awaited == 0  # from here on those who are there are enough
 
 
+def test_one_that_comes_again_under_its_name_is_one_worker() -> None:
+    server = Server(num_workers=2)
+    server.come("a")
+    server.bring("a")
+    server.rounds.renamed("a", "a~1234")
+    server.come("a")
+    server.bring("a")
+    assert server.due() == []
+    assert server.rounds.num_awaited == 1
+
+
+def test_the_first_round_waits_for_one_less_for_each_that_an_operator_has_removed() -> None:
+    server = Server(num_workers=3)
+    server.come("a", "b")
+    server.bring("b")
+    server.members.remove("a", "kicked")
+    for _ in range(2):
+        server.rounds.removed("a")
+    assert server.rounds.num_awaited == 1
+    server.members.leave("a", key_of("a"))
+    server.come("a")  # it is back
+    assert server.rounds.num_awaited == 1
+    assert server.due() == []
+    server.members.leave("a", key_of("a"))
+    server.rounds.left("a")
+    assert server.rounds.num_awaited == 2
+    for name in ("a", "c"):  # neither comes, whether it was here once or not
+        server.rounds.removed(name)
+    assert server.due() == ["b"]
+
+
+def test_an_operators_number_is_of_those_who_live_and_of_nobody_who_cannot_come() -> None:
+    server = Server(num_workers=1)
+    server.come("a")
+    server.bring("a")
+    server.close()
+    server.come("b")  # expected from the next round on
+    server.rounds.change(num_workers=2)
+    assert server.rounds.num_awaited == 0
+    server.rounds.nobody_else_comes()
+    server.rounds.change(num_workers=9)
+    assert server.rounds.num_awaited == 0
+
+
 def test_a_deadline_does_not_let_the_first_round_pass_before_all_have_come() -> None:
     server = Server(num_workers=2, round_timeout_s=5.0)
     server.come("a")

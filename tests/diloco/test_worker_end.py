@@ -10,6 +10,7 @@ import torch
 
 from forgather.diloco import flights
 from forgather.diloco.frame import ProtocolError
+from forgather.errors import DistributedError, StoppedError
 from tests.diloco.loops import address_of, equals_server, sgd, small_model, train, values_of, worker
 from tests.diloco.running_server import RunningServer, running_server, settings_of
 from tests.diloco.test_exchange import VALUES, Counter, published
@@ -147,6 +148,37 @@ def test_one_that_is_removed_saves_also_where_a_request_tells_it_before_a_heartb
         assert removed.diloco.wants_stop()
         assert removed.diloco.state_dict()["flights"]  # what it has made is in its checkpoint
         part(removed, other)
+
+
+def test_a_loop_that_does_not_listen_ends_one_step_later(tmp_path):
+    with running_server(tmp_path, VALUES, settings()) as server:
+        deaf = Counter(address_of(server), "deaf")
+        come(deaf)
+        deaf.step(1)
+        server.call(lambda: server.coordinator.controls.kick("deaf"))
+        wait_for(deaf.diloco.wants_stop)
+        deaf.step(1)
+        with pytest.raises(DistributedError, match="worker deaf is to end"):
+            deaf.step(1)
+        part(deaf)
+
+
+def test_a_run_that_is_told_to_stop_does_not_wait_for_its_first_values():
+    never = SimpleNamespace(
+        failure=None, round=0, number=None, away_s=0.0, refused_s=50.0, trouble=None, fragment=None, wait=lambda _: None
+    )
+    never.move_to = lambda round, at_least: None
+    waiting = flights.Flights(
+        SimpleNamespace(registered=None),
+        settings(),
+        patience_s=0.1,
+        is_stopping=lambda: True,
+        failure=lambda: None,
+        say=str,
+    )
+    waiting.under_way[0] = flights.Flight(SimpleNamespace(number=0), never, 0)
+    with pytest.raises(StoppedError):
+        waiting.attend(0, 0, is_needed=True)
 
 
 def test_what_is_waited_for_is_said(tmp_path, monkeypatch):
