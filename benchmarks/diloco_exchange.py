@@ -583,9 +583,7 @@ def main() -> int:
     given = parser.parse_args()
     os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # as commands have it, and so has whoever is compared with
     if given.process is not None:
-        torch.set_num_threads(
-            os.cpu_count() or 1 if given.process == "serve" else 1
-        )  # as they have where users start them
+        torch.set_num_threads(1)  # as a server has, and a worker that torchrun has started
         kinds = {"serve": serve, "work": work, "transport": transport, "ddp": train_ddp, "torchft": train_torchft}
         kinds[given.process](given.plan)
         return 0

@@ -2,12 +2,15 @@
 
 import asyncio
 import math
+import os
 import signal
 import socket
 import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import torch
 
 from forgather.checkpoint.run_folder import RunFolder
 from forgather.cli.diloco_model import ServedModel, passed_over
@@ -46,6 +49,10 @@ class Serving:
         """Serve until told to end; the exit code."""
         options, run = self.options, self.run
         values, buffers = self.model.first_values(options.seed or 0)
+        if "OMP_NUM_THREADS" not in os.environ:
+            # What it computes goes piece by piece through a core's cache, beside threads that send and receive: divided
+            # among more threads each piece would wait for the slowest. It takes twice as long then.
+            torch.set_num_threads(1)
         coordinator = Coordinator(
             values,
             self.settings,

@@ -58,6 +58,9 @@ class Membership:
         self.server = server
         self.is_aborted = False
 
+    def note(self, error: UnreachableError) -> None:
+        """Nobody was removed."""
+
     def borrow(self) -> "Membership":
         return self
 

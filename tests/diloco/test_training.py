@@ -131,7 +131,7 @@ def test_a_run_that_waits_for_others_can_be_stopped(folder, tmp_path, monkeypatc
         words = ["main.hooks.stopper.at=2"]
         run = threading.Thread(target=lambda: ended.append(run_worker(Project(folder, args=arguments, words=words))))
         run.start()
-        wait_for(lambda: bool(server.status()["held"]), 30)
+        wait_for(lambda: server.status()["held"][0]["workers"] == ["alpha"], 30)
         assert not ended
         asked.set()
         run.join(30)
