@@ -248,13 +248,12 @@ async def _values(request: web.Request) -> web.StreamResponse:
                     continue
                 async with asyncio.timeout(idle_s):
                     await response.write(block)
-                if answer.ranges is not None and digesting is None:
-                    # Beside the sending, when what was sent has been taken: who takes nothing gets no work done.
-                    digesting = asyncio.create_task(coordinator.digests(answer))
+                # Beside the sending, when what was sent has been taken: who takes nothing gets no work done.
+                digesting = digesting or asyncio.create_task(coordinator.digests(answer))
                 coordinator.bytes_down += len(block)
                 if member is not None:
                     member.bytes_down += len(block)
-            digesting = digesting or asyncio.create_task(coordinator.digests(answer))
+            assert digesting is not None, "an answer has a header at least"
             async with asyncio.timeout(STEP_WAIT_S):
                 digests = await digesting
             if not answer.is_current:

@@ -38,8 +38,7 @@ class Exchange:
 
     `parts` is what this rank brings, where that was encoded before a restart; else its part is made of what it has
     `learned`, and sent while it is encoded. Without both, values of at least version `at_least` are fetched, and with
-    nothing to fetch either the rank is an onlooker. Where progress beyond `sent` is to be kept on top of the values, by
-    `alpha`, what that takes of the training thread is made ready beside it; see `LocalFragment.ahead_of`.
+    nothing to fetch either the rank is an onlooker.
     """
 
     def __init__(
@@ -52,8 +51,6 @@ class Exchange:
         parts: Sequence[Part] = (),
         learned: Learned | None = None,
         is_async: bool = False,
-        sent: Numbers | None = None,
-        alpha: float = 1.0,
     ) -> None:
         self.fragment = fragment
         self.round = round
@@ -61,14 +58,11 @@ class Exchange:
         self.parts = list(parts)
         self.values: Numbers = fragment.room()
         self.version: Version | None = None  # of `values`, once they are there
-        self.ahead: Numbers | None = None  # how far they are ahead of what was sent
         self.durable = 0
         self.failure: Exception | None = None
         self.trouble: str | None = None  # why the server does not answer now, or takes nothing
         self.has_parts = bool(parts) or learned is None
         self.is_onlooker = not fragment.owned and not parts
-        self._sent = sent
-        self._alpha = alpha
         self._membership = membership
         self._at_least = round + 1 if at_least is None else at_least
         self._learned = None if self.is_onlooker else learned
@@ -303,8 +297,6 @@ class Exchange:
                     fix="look for failing memory on this machine, on the server, or on what is between them",
                 )
             return
-        if self._sent is not None:
-            self.ahead = self.fragment.ahead_of(self.values, self._sent, self._alpha, self.ahead)
         with self._changed:
             if version.number >= self._at_least:
                 self.version, self.durable = version, durable

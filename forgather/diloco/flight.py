@@ -31,13 +31,9 @@ class Flight:
         """Take in the values of version `number`, after `step`. Collective, when all ranks have them."""
         fragment, exchange = self.fragment, self.exchange
         has_trained = self.sent is not None and step > self.begun
-        ahead = exchange.ahead
-        if has_trained and ahead is None and self.sent is not None:
-            ahead = fragment.ahead_of(exchange.values, self.sent, alpha)
-        fragment.take(exchange.values, ahead if has_trained else None, alpha)
-        for spare in (self.sent, ahead):
-            if spare is not None:
-                fragment.give_back(spare)
+        fragment.take(exchange.values, self.sent if has_trained else None, alpha)
+        if self.sent is not None:
+            fragment.give_back(self.sent)
         fragment.number_of_version = number
         fragment.version = exchange.version
         for part in exchange.parts:
@@ -73,7 +69,5 @@ def take_off(
         parts=parts,
         learned=None if is_encoded_elsewhere else learned,
         is_async=settings.mode == "async",
-        sent=sent if settings.delay else None,
-        alpha=settings.alpha,
     )
     return Flight(fragment, exchange, begun, sent, tokens, steps, consumed)
