@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A DiLoCo server here, and a worker on each of HOSTS, which are reached by ssh. Arguments are those of `forgather train`:
-#     PROJECT=configs/tiny_llama ADDRESS=10.0.0.1 HOSTS="laptop2 box3" launch/diloco_lan.sh --steps 2000
+#     PROJECT=configs/tiny_llama ADDRESS=10.0.0.1 HOSTS="laptop2 box3" SERVER_FLAGS="--sync-every 40" \
+#         launch/diloco_lan.sh --steps 2000
 # ADDRESS is this machine's, as the hosts reach it. Every host has this repository, with its .venv, in FOLDER (default:
 # the same folder as here). SERVER_FLAGS are more flags of the server, CONFIG is a config other than the default, PORT one
 # other than 8512, OUTPUT a folder other than runs/diloco. When the workers have ended, or with Ctrl-C, so does the server.

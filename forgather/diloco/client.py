@@ -34,18 +34,16 @@ class UnreachableError(DistributedError):
 
     is_there = False  # it has answered, so the network is not what is wrong
 
-    def __init__(self, message: str, *, fix: str | None = None, is_there: bool = False) -> None:
+    def __init__(self, message: str, *, fix: str | None = None, is_there: bool | None = None) -> None:
         super().__init__(message, fix=fix)
-        self.is_there = is_there
+        if is_there is not None:
+            self.is_there = is_there
 
 
 class RemovedError(UnreachableError):
     """The operator has removed this worker: nothing that it asks for is answered, and it is to end."""
 
     is_there = True
-
-    def __init__(self, message: str, *, fix: str | None = None) -> None:
-        super().__init__(message, fix=fix, is_there=True)
 
 
 class UnknownWorkerError(DistributedError):
