@@ -11,9 +11,10 @@ Between two exchanges the workers do nothing for as long as the server needs to 
 
 Limits: an exchange takes at most 1.15 of its bytes over the line's rate; over loopback client and server together move
 bytes at 0.85 of the speed of a bare socket or more, each way, and a whole exchange stands beside the least that one is
-on this machine (`hand_exchange.py`); the server's peak is at most 4 models + 0.5 GB; of a transfer that takes as long
-as the training beside it, 90 % is hidden, and no step is longer than 1.3 of the median; bytes of a step at a worker's
-interface, H = 500, are 980 (bf16) and 3,400 (int4) times less than DDP's; an exchange takes no longer than torchft's.
+on this machine (`hand_exchange.py`); the server's peak is at most 4 models + 0.5 GB; of a transfer that takes as long as
+the training beside it, 90 % is hidden, and no step is longer than 1.3 of the median, or where this machine allows no 1.3
+than 1.1 of the longest by hand (`hand_streaming.py`); bytes of a step at a worker's interface, H = 500, are 980 (bf16)
+and 3,400 (int4) times less than DDP's; an exchange takes no longer than torchft's.
 What a single run says of a longest step, and of 40 MB, is mostly noise: of these it is the median of five.
 """
 
@@ -29,8 +30,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from hand_exchange import hand_exchange_s  # noqa: E402
+from hand_streaming import Pace, hand_serve, hand_work  # noqa: E402
 from interleaved import machine_line  # noqa: E402
 from verdict import Bar, print_verdict  # noqa: E402
 
@@ -255,6 +258,31 @@ def train_torchft(plan: dict[str, Any]) -> None:
         lighthouse.shutdown()
 
 
+def serve_by_hand(plan: dict[str, Any]) -> None:
+    """The server of `hand_streaming.py`; prints its port."""
+    with socket.create_server((plan["host"], 0)) as listening:
+        print(listening.getsockname()[1], flush=True)
+        hand_serve(Pace(**plan["pace"]), listening)
+        sys.stdin.read()
+
+
+def work_by_hand(plan: dict[str, Any]) -> None:
+    """A worker of `hand_streaming.py`; prints the seconds of each of its steps."""
+    print(json.dumps(hand_work(Pace(**plan["pace"]), *plan["server"])), flush=True)
+    sys.stdin.readline()
+
+
+PROCESSES: dict[str, Callable[[dict[str, Any]], None]] = {
+    "serve": serve,
+    "work": work,
+    "transport": transport,
+    "ddp": train_ddp,
+    "torchft": train_torchft,
+    "hand-serve": serve_by_hand,
+    "hand-work": work_by_hand,
+}
+
+
 # --- where they run
 
 
@@ -369,6 +397,16 @@ def exchange(
 
 def _interface_bytes(host: Host | Here) -> int:
     return host.sent() + host.received() if isinstance(host, Host) else 0
+
+
+def hand_streaming_steps(hosts: Sequence[Host], pace: Pace) -> list[float]:
+    """Seconds of each step of the first of two workers that stream by hand."""
+    plan = {"pace": asdict(pace)}
+    with running(hosts[0], "hand-serve", plan | {"host": hosts[0].address}) as server:
+        plan |= {"server": (hosts[0].address, int(read(server)))}
+        with running(hosts[1], "hand-work", plan) as first, running(hosts[2], "hand-work", plan) as second:
+            seconds: list[list[float]] = [json.loads(read(worker)) for worker in (first, second)]
+            return seconds[0]
 
 
 def ddp(hosts: Sequence[Host], megabytes: float, steps: int = 2) -> tuple[float, float]:
@@ -500,11 +538,13 @@ def bytes_against_ddp(hosts: Sequence[Host], megabytes: float) -> list[Bar]:
 
 
 def streaming(hosts: Sequence[Host], megabytes: float) -> list[Bar]:
-    """How much of the transfer is hidden where it takes as long as the training beside it."""
+    """How much of the transfer is hidden where it takes as long as the training beside it; in turns with it by hand."""
     num_fragments, sync_every, delay, steps = 4, 40, 8, 249
     transfer_s = exchange(hosts, megabytes).round_s
     compute_s = transfer_s / num_fragments / delay  # the steps beside a fragment's transfer take as long as it
-    hidden, longest = [], []
+    pace = Pace(num_fragments, int(megabytes * 1e6 / 4 / num_fragments), sync_every, delay, steps, compute_s)
+    after = sync_every + delay + 1  # in the first turn of each fragment memory is touched for the first time
+    hidden, longest, by_hand = [], [], []
     for _ in range(TURNS):
         found = exchange(
             hosts,
@@ -516,18 +556,21 @@ def streaming(hosts: Sequence[Host], megabytes: float) -> list[Bar]:
             compute_s=compute_s,
             save_every=4,
         )
-        # In the first turn of each fragment memory is touched for the first time.
-        seconds = found.seconds[0][sync_every + delay + 1 :]
+        seconds = found.seconds[0][after:]
         added_s = sum(seconds) - len(seconds) * compute_s
         hidden.append(1 - added_s / (transfer_s * len(seconds) / sync_every))
         longest.append(max(seconds) / statistics.median(seconds))
+        seconds = hand_streaming_steps(hosts, pace)[after:]
+        by_hand.append(max(seconds) / statistics.median(seconds))
+    limit = statistics.median(by_hand)
     print(
         f"streaming, {num_fragments} fragments, {transfer_s:.2f} s a transfer, {compute_s:.3f} s a step: "
-        f"{_spread(hidden)} of it hidden; longest step over median {_spread(longest)}"
+        f"{_spread(hidden)} of it hidden; longest step over median {_spread(longest)}, by hand {_spread(by_hand)}"
     )
     return [
         Bar("streaming: share that is hidden", statistics.median(hidden), ">=", 0.9),
-        Bar("longest step over median", statistics.median(longest), "<=", 1.3),
+        # Where the machine allows no 1.3, within 10 % of what it allows.
+        Bar("streaming: longest step over median", statistics.median(longest), "<=", max(1.3, 1.1 * limit)),
     ]
 
 
@@ -578,14 +621,13 @@ def on_loopback(megabytes: float) -> list[Bar]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=float, default=1000.0, help="of the model, in fp32")
-    parser.add_argument("--process", choices=["serve", "work", "transport", "ddp", "torchft"], help=argparse.SUPPRESS)
+    parser.add_argument("--process", choices=list(PROCESSES), help=argparse.SUPPRESS)
     parser.add_argument("--plan", type=json.loads, help=argparse.SUPPRESS)
     given = parser.parse_args()
     os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # as commands have it, and so has whoever is compared with
     if given.process is not None:
         torch.set_num_threads(1)  # as a server has, and a worker that torchrun has started
-        kinds = {"serve": serve, "work": work, "transport": transport, "ddp": train_ddp, "torchft": train_torchft}
-        kinds[given.process](given.plan)
+        PROCESSES[given.process](given.plan)
         return 0
     print(machine_line())
     bars = on_loopback(given.megabytes)

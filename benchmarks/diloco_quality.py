@@ -57,10 +57,12 @@ class Dose:
     layers: int
     lr: float
     text: Literal["library", "markov"] = "library"
+    begun_steps: int = 0  # of one process, at the full learning rate, that all ways begin with
 
 
 SMALL = Dose(steps=480, rows=4, hidden=96, layers=4, lr=3e-3)
 FULL = Dose(steps=4000, rows=8, hidden=224, layers=6, lr=3e-3)
+BEGUN = Dose(steps=960, rows=4, hidden=96, layers=4, lr=2e-3, begun_steps=4000)
 MARKOV = Dose(steps=1200, rows=8, hidden=48, layers=2, lr=5e-3, text="markov")
 
 
@@ -153,7 +155,17 @@ def loss_sum(model: LlamaForCausalLM, rows: tuple[Tensor, Tensor, Tensor]) -> tu
 class Machine:
     """One worker, or the one process: a model, its optimizer, and its place in the data."""
 
-    def __init__(self, dose: Dose, data: Data, seed: int, steps: int, rows: int, first: int, stride: int) -> None:
+    def __init__(
+        self,
+        dose: Dose,
+        data: Data,
+        seed: int,
+        steps: int,
+        rows: int,
+        first: int,
+        stride: int,
+        begun: Mapping[str, Tensor] | None = None,
+    ) -> None:
         torch.manual_seed(seed)
         self.model = LlamaForCausalLM(
             LlamaConfig(
@@ -166,6 +178,8 @@ class Machine:
                 tie_word_embeddings=True,
             )
         )
+        if begun is not None:
+            self.model.load_state_dict(begun)
         self.parameters = dict(self.model.named_parameters())
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=dose.lr, betas=(0.9, 0.95), weight_decay=0.1)
         warmup = max(1, steps // 20)

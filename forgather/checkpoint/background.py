@@ -32,8 +32,13 @@ _SOURCES = str(Path(__file__).parents[2])  # where this very Forgather is, insta
 class Writer(Protocol):
     """Takes one part at a time; the next may be begun after an answer to `written`."""
 
-    def begin(self, job: WritePart, items: Sequence[Item], tensors: Sequence[Tensor]) -> None:
-        """Take what `tensors` hold now, as `items` say; they may change from here on."""
+    def begin(
+        self, job: WritePart, items: Sequence[Item], tensors: Sequence[Tensor], taken: Callable[[], None]
+    ) -> None:
+        """Take what `tensors` hold now, as `items` say; from when `taken` is called, they may change.
+
+        That is at the latest on return, and it is not called at all when the part cannot be written.
+        """
 
     def written(self) -> ForgatherError | None:
         """Wait until this rank's part is on the disk; the error when it will not be."""
@@ -55,10 +60,12 @@ class HereWriter:
         self._job: WritePart | None = None
         self._failure: ForgatherError | None = None
 
-    def begin(self, job: WritePart, items: Sequence[Item], tensors: Sequence[Tensor]) -> None:
+    def begin(
+        self, job: WritePart, items: Sequence[Item], tensors: Sequence[Tensor], taken: Callable[[], None]
+    ) -> None:
         self._job, self._failure = job, None
         try:
-            write_part(draft_of(job.final), job.rank, _contents(items, tensors), job.document, job.copies)
+            write_part(draft_of(job.final), job.rank, _contents(items, tensors), job.document, job.copies, taken)
         except OSError as error:
             self._failure = refused(job.final, error)
 
@@ -115,7 +122,9 @@ class BackgroundWriter:
         self._connection = Connection(ours.detach())
         _close_in_forks(self)
 
-    def begin(self, job: WritePart, items: Sequence[Item], tensors: Sequence[Tensor]) -> None:
+    def begin(
+        self, job: WritePart, items: Sequence[Item], tensors: Sequence[Tensor], taken: Callable[[], None]
+    ) -> None:
         self._answers.clear()
         self._job = job
         try:
@@ -125,6 +134,7 @@ class BackgroundWriter:
         except CheckpointError as error:
             self._fail(job, error)
         else:
+            taken()
             self._send(job)
 
     def written(self) -> ForgatherError | None:

@@ -6,7 +6,7 @@ Ranks do not talk while they write. Each leaves `rank-00001.done` in the draft f
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,10 +68,12 @@ def write_part(
     data: Iterable[tuple[Item, memoryview]],
     document: Mapping[str, Any],
     copies: Mapping[str, str],
+    taken: Callable[[], None] = lambda: None,
 ) -> None:
     """Write a rank's file into `draft`, which is made, and then its record; both are on the disk on return.
 
-    When something fails, a record of that is left for the others, as far as the disk allows one, and it is raised.
+    `taken` is called when all of `data` was read, which is long before that on a slow disk. When something fails, a
+    record of that is left for the others, as far as the disk allows one, and it is raised.
     """
     name = file_name(rank)
     try:
@@ -96,6 +98,7 @@ def write_part(
                 if item.length:  # not the shard of a tensor that is divided so unevenly that nothing is left for us
                     stored.append(Chunk(item.offsets, item.sizes, name, item.at, item.length, digest.hexdigest()))
                 kinds[item.name] = (item.dtype, item.shape)
+            taken()
             os.fsync(file.fileno())
         part = Part(rank, FileRecord(at, whole.hexdigest()), chunks, kinds, document, copies)
         _leave(draft / f"rank-{rank:05d}.done", _record(part))

@@ -12,7 +12,7 @@ All of them are collective, `committed` excepted.
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -86,8 +86,17 @@ class CheckpointStore:
         self._current: int | None = None  # the step that this run has last saved or loaded
         self._damaged: set[int] = set()
 
-    def save(self, state: TrainState, step: int, metrics: Mapping[str, float] | None = None) -> Path:
+    def save(
+        self,
+        state: TrainState,
+        step: int,
+        metrics: Mapping[str, float] | None = None,
+        taken: Callable[[], None] = lambda: None,
+    ) -> Path:
         """Begin the checkpoint of `step`, and return the folder that it will be; `state` may change from here on.
+
+        `taken` is called, in this thread, when it may change already: before a save that is not `asynchronous` is on
+        the disk.
 
         `metrics` are those of an evaluation at this step: they tell which checkpoints are the best. A step that this
         run has just saved or loaded is not written again. Waits for the save before. CheckpointError, on every rank,
@@ -115,7 +124,7 @@ class CheckpointStore:
             self._make_room(final)
         if stale := stale.union(*(theirs for _, _, theirs in answers)):
             self._plans.make(tensors, stale)
-        self._begin(Pending(step, final), tensors, document, self._commit(state, step, final, metrics or {}))
+        self._begin(Pending(step, final), tensors, document, self._commit(state, step, final, metrics or {}), taken)
         if not self.asynchronous:
             self.finish()
         return final
@@ -224,7 +233,12 @@ class CheckpointStore:
             self.run.say(f"note: {checkpoint.path} has no state of {name!r}, which starts anew")
 
     def _begin(
-        self, save: Pending, tensors: Mapping[str, torch.Tensor], document: Mapping[str, Json], commit: Commit | None
+        self,
+        save: Pending,
+        tensors: Mapping[str, torch.Tensor],
+        document: Mapping[str, Json],
+        commit: Commit | None,
+        taken: Callable[[], None],
     ) -> None:
         """Hand this rank's part to the writer."""
         if self._writer is None:
@@ -234,7 +248,8 @@ class CheckpointStore:
             parts = [local_part(tensors[item.name]) for item in plan.items]
             copies = {name: _digest(local_part(tensors[name])) for name in plan.copies}
         self._number += 1
-        self._writer.begin(WritePart(self._number, save.path, rank(), document, copies, commit), plan.items, parts)
+        job = WritePart(self._number, save.path, rank(), document, copies, commit)
+        self._writer.begin(job, plan.items, parts, taken)
         self._pending, self._current = save, save.step
 
     def _commit(self, state: TrainState, step: int, final: Path, metrics: Mapping[str, float]) -> Commit | None:

@@ -333,7 +333,7 @@ class Coordinator:
                         return
                     except Exception as error:
                         # The master values may be half of a new version: only what is on the disk is good.
-                        self.publisher.trouble = f"an outer step failed: {error}"
+                        self.publisher.has_failed(f"an outer step failed: {error}")
                         self.shutdown()
                         raise
                     finally:

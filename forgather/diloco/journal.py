@@ -53,9 +53,25 @@ class Journal:
         if is_new:
             sync(self.path.parent)
 
-    def clear(self) -> None:
-        """All of it is in a checkpoint."""
-        self.path.unlink(missing_ok=True)
+    def size(self) -> int:
+        """How long it is, in bytes."""
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def clear(self, size: int) -> None:
+        """What it had when it was so long is in a checkpoint; what came since stays.
+
+        OSError when that cannot be; then all of it stays, and what is in the checkpoint will be passed over.
+        """
+        if self.size() <= size:
+            self.path.unlink(missing_ok=True)
+            return
+        aside = self.path.with_suffix(".new")
+        with self.path.open("rb") as file, aside.open("wb", buffering=0) as rest:
+            file.seek(size)
+            write_all(rest.fileno(), memoryview(file.read()))
+            os.fsync(rest.fileno())
+        aside.rename(self.path)
+        sync(self.path.parent)
 
     def after(self, versions: Sequence[Version]) -> list[list[Made]]:
         """For each fragment what made the versions that come after these, in order.

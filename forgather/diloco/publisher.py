@@ -5,7 +5,8 @@
                   change of a parameter can be sent as soon as it is there
     move          the published values become the new ones; whoever was reading those is to ask again. Their digests
                   are the last that a worker gets, and without them it takes in nothing
-    save          every so many versions, while workers fetch the values and train on; the next outer step waits for it
+    save          every so many versions, while workers fetch the values and train on; the next outer step waits until
+                  the state was read, and the next save until it is on the disk
 
 So nobody waits for a model's worth of bytes to reach a disk. A version is *durable* when it is saved, and until then
 the workers keep what made it; where one of them has gone, and cannot bring it again, it is saved at once. A disk that
@@ -19,15 +20,13 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
 from forgather.checkpoint.folder import cause_of
 from forgather.checkpoint.keep import Keep
 from forgather.checkpoint.run_folder import RunFolder
-from forgather.checkpoint.state import TrainState
-from forgather.checkpoint.store import CheckpointStore
 from forgather.diloco.combine import Guard, Share, combine, lineage, shares
 from forgather.diloco.contribution import Held
 from forgather.diloco.fragment_values import FragmentValues
@@ -38,6 +37,7 @@ from forgather.diloco.ledger import Ledger
 from forgather.diloco.messages import Version
 from forgather.diloco.rates import Rates
 from forgather.diloco.rounds import Rounds
+from forgather.diloco.saver import Refusal, Saver
 from forgather.diloco.server_state import OuterState, ServerState
 from forgather.errors import CheckpointError, ConfigError
 
@@ -94,7 +94,7 @@ class Publisher:
         if save_every < 1:
             raise ConfigError(f"save_every is {save_every}", fix="--save-every 1, or another whole number from 1")
         self.run = run
-        self.trouble: str | None = None  # why it cannot save at the moment
+        self._troubles: dict[str, str] = {}  # why it cannot go on at the moment, by what it cannot do
         self.num_refused = 0
         self.history: deque[dict[str, Any]] = deque(maxlen=HISTORY)
         self._fragments = fragments
@@ -110,13 +110,12 @@ class Publisher:
         self._tell = tell
         self._until = until
         self._stopped = stopped
-        self._unsaved = 0  # versions since the last save
         self._is_half = False  # the state is no longer that of one version, and not yet that of the next
         self.rates = Rates(outer)
         self._again: dict[tuple[int, int], Made] = {}  # by fragment and number: versions that are to be made again
         self._lock = asyncio.Lock()  # over outer steps and saving
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="outer")
-        self._state = ServerState(
+        state = ServerState(
             fragments,
             outer,
             constants,
@@ -124,26 +123,29 @@ class Publisher:
             accept_document,
             {} if ledger is None else {"work_units": ledger},
         )
-        self._store = CheckpointStore(run, keep, asynchronous=False)
         self._journal = Journal(run.dir / "journal.jsonl")
+        self._saver = Saver(run, keep, state, fragments, self._journal, self._in_thread, tell, self._save_has_ended)
+        self._retry: asyncio.Task[None] | None = None  # of a save that was lost
 
     @property
     def step(self) -> int:
-        """How many versions were made, over all fragments: the step of a checkpoint."""
-        return sum(each.version.number for each in self._fragments)
+        """How many versions were made, over all fragments."""
+        return self._saver.step
+
+    @property
+    def trouble(self) -> str | None:
+        """Why it cannot save, or make versions, at the moment."""
+        return next(iter(self._troubles.values()), None)
+
+    def has_failed(self, cause: str) -> None:
+        """What is in memory may be half of something: nothing of it is to be saved."""
+        self._troubles["server"] = cause
 
     def load(self) -> None:
-        """Go on from the newest checkpoint, and let the rounds since then be made again; or save what it begins with.
-
-        A start is saved too: a server that is started again begins with the same values, whatever has become of the
-        model's folder.
-        """
-        newest = self._store.resume(cast(TrainState, self._state))  # it has what a store needs of one
+        """Go on from the newest checkpoint, and let the rounds since then be made again; or save a beginning."""
+        newest = self._saver.load(self._document())
         if newest is None:
-            self._state.document = self._document()
-            self._write(may_clear=True)
             return
-        self._mark_durable()
         again = self._journal.after([each.version for each in self._fragments])
         for fragment, made in enumerate(again):
             self._rounds.replay(fragment, [each.contributors for each in made])
@@ -171,8 +173,8 @@ class Publisher:
             await self._close_round(fragment, contributors)
             await self._tell()
             is_last = not all(self._rounds.members.is_live(worker) for worker, _ in contributors)
-            if self._unsaved >= self._save_every or is_last:
-                await self._retried(self._save)
+            if self._saver.num_unsaved >= self._save_every or is_last:
+                await self._retried("save", self._save)
         return True
 
     async def _close_round(self, fragment: int, contributors: Sequence[tuple[str, int]]) -> None:
@@ -194,7 +196,7 @@ class Publisher:
             self._again = {key: each for key, each in self._again.items() if key[0] != fragment}
         self.rates.apply()
         made = Made(contributors, again.rates if again is not None and is_again else self.rates.in_force)
-        await self._retried(lambda: self._in_thread(lambda: self._journal.add(fragment, version, made)))
+        await self._retried("journal", lambda: self._in_thread(lambda: self._journal.add(fragment, version, made)))
         step_began = time.perf_counter()
         self._is_half = True
         there.begin()
@@ -217,7 +219,7 @@ class Publisher:
         there.moved(version, before)
         there.step_s = time.perf_counter() - step_began
         seconds = self._clock() - opened_at
-        self._unsaved += 1
+        self._saver.num_unsaved += 1
         self._rounds.published(fragment, version, [held.header.base for held in helds])
         self._note(fragment, version, helds, taken, seconds, time.perf_counter() - began)
         for held in helds:
@@ -293,50 +295,68 @@ class Publisher:
         """Save now; nothing is written where nothing is new. ProtocolError (507) when the disk refuses."""
         if self.trouble is not None:
             raise ProtocolError(f"it cannot save: {self.trouble}", status=507)
-        async with self._lock:
-            try:
+        try:
+            async with self._lock:
                 await self._save()
-            except CheckpointError as error:
-                raise ProtocolError(error.message, status=507, fix=error.fix) from error
+            refusal: Exception | None = await self._saver.finish()
+        except CheckpointError as error:
+            refusal = error
+        if isinstance(refusal, CheckpointError):
+            raise ProtocolError(refusal.message, status=507, fix=refusal.fix) from refusal
+        if refusal is not None:
+            raise ProtocolError(cause_of(refusal), status=507) from refusal
 
     async def _save(self) -> None:
+        """Begin to; the state may change on return."""
         if self._is_half:
             raise CheckpointError(
                 "an outer step has failed, and what it has left is half of a version: only what is on the disk is good",
                 fix="start the server again: it goes on from its newest checkpoint",
             )
-        self._state.document = self._document()  # here, where nobody changes it meanwhile
-        # A step that is saved already is not written again, and what was set since is in the journal alone.
-        may_clear = self._unsaved > 0 and not self._rounds.is_made_again
-        await self._in_thread(lambda: self._write(may_clear=may_clear))
-        self._unsaved = 0
-        self._mark_durable()
+        # The journal says what is still to be made again; what is older is passed over.
+        await self._saver.begin(self._document, may_clear=not self._rounds.is_made_again)
 
-    def _write(self, *, may_clear: bool) -> None:
-        self._store.save(cast(TrainState, self._state), self.step)
-        if may_clear:  # it says what is still to be made again; what is older is passed over
-            self._journal.clear()
+    def _save_has_ended(self, error: Exception | None) -> None:
+        """One that had begun is on the disk, or will not be."""
+        if error is None:
+            self._troubles.pop("save", None)
+        elif isinstance(error, Refusal):
+            self._note_trouble("save", error)
+            self._retry = asyncio.create_task(self._save_again())
+        else:
+            self.has_failed(f"saving failed: {error}")
+            self._stopped.set()
 
-    async def _retried(self, write: Callable[[], Awaitable[None]]) -> None:
+    async def _save_again(self) -> None:
+        with suppress(StoppingError):
+            await self._pause()
+            async with self._lock:
+                if self._saver.num_unsaved:  # or another was begun meanwhile
+                    await self._retried("save", self._save)
+
+    async def _retried(self, what: Literal["journal", "save"], write: Callable[[], Awaitable[None]]) -> None:
         while True:
             try:
                 await write()
             except (CheckpointError, OSError) as error:
-                cause = cause_of(error)
-                if cause != self.trouble:
-                    self.trouble = cause
-                    self.run.say(f"warning: {cause}; trying again every {RETRY_S:g} s")
+                self._note_trouble(what, error)
             else:
-                self.trouble = None
+                if what == "journal":  # a save has only begun
+                    self._troubles.pop(what, None)
                 return
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._stopped.wait(), RETRY_S)
-            if self._stopped.is_set():
-                raise StoppingError
+            await self._pause()
 
-    def _mark_durable(self) -> None:
-        for fragment in self._fragments:
-            fragment.durable = fragment.version.number
+    def _note_trouble(self, what: Literal["journal", "save"], error: Exception) -> None:
+        cause = cause_of(error)
+        if cause != self._troubles.get(what):
+            self._troubles[what] = cause
+            self.run.say(f"warning: {cause}; trying again every {RETRY_S:g} s")
+
+    async def _pause(self) -> None:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._stopped.wait(), RETRY_S)
+        if self._stopped.is_set():
+            raise StoppingError
 
     async def _in_thread(self, call: Callable[[], object]) -> None:
         await asyncio.get_running_loop().run_in_executor(self._thread, call)
@@ -359,8 +379,14 @@ class Publisher:
     async def close(self) -> None:
         """Save what is not saved, where the disk takes it, and let go of everything."""
         try:
-            if self.trouble is None and not self._is_half:
+            was_in_trouble = self.trouble is not None
+            await self._saver.finish()
+            if self._retry is not None:
+                await self._retry
+            if not was_in_trouble and not self._is_half:
                 await self._save()
+                if (refusal := await self._saver.finish()) is not None:
+                    raise refusal
         finally:
             self._thread.shutdown()
-            self._store.close()
+            self._saver.close()

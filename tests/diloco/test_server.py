@@ -526,10 +526,10 @@ def test_what_an_operator_removes_while_a_disk_is_waited_for_does_not_end_the_se
     is_saving, go_on = threading.Event(), threading.Event()
     save = CheckpointStore.save
 
-    def slowly(self: CheckpointStore, *arguments: object) -> object:
+    def slowly(self: CheckpointStore, *arguments: object, **named: object) -> object:
         is_saving.set()
         assert go_on.wait(20)
-        return save(self, *arguments)  # type: ignore[arg-type]
+        return save(self, *arguments, **named)  # type: ignore[arg-type]
 
     with running_server(tmp_path, one(0.0), num_workers=2) as server:
         a, b = come(server, "a", "b")

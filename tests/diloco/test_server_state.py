@@ -7,6 +7,7 @@ import errno
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -303,8 +304,23 @@ class TestJournal:
         for fragment, number, who in ((0, 2, "old"), (0, 3, "a"), (1, 1, "b"), (0, 4, "c")):
             journal.add(fragment, Version(number, "z"), made((who, number - 1)))
         assert journal.after(versions) == [[made(("a", 2)), made(("c", 3))], [made(("b", 0))]]
-        journal.clear()
+        journal.clear(journal.size())
         assert journal.after(versions) == [[], []]
+
+    def test_what_came_after_a_save_had_begun_stays_when_that_is_on_the_disk(self, tmp_path: Path) -> None:
+        journal = Journal(tmp_path / "journal")
+        assert journal.size() == 0
+        journal.add(0, Version(1, "z"), made(("a", 0)))
+        size = journal.size()
+        journal.add(0, Version(2, "z"), made(("b", 1)))
+        journal.add_rates({"lr": 0.5})
+        journal.clear(size)
+        assert journal.after([Version(1, "z")]) == [[made(("b", 1))]]
+        assert journal.rates == {"lr": 0.5}
+        assert journal.path.read_bytes().count(b"\n") == 2
+        journal.add(0, Version(3, "z"), made(("c", 2)))
+        assert journal.after([Version(1, "z")]) == [[made(("b", 1)), made(("c", 2))]]
+        assert [path.name for path in tmp_path.iterdir()] == ["journal"]
 
     def test_a_line_that_a_killed_server_has_not_finished_is_cut_off_so_that_others_can_follow(
         self, tmp_path: Path
@@ -434,6 +450,118 @@ class TestRatesThatAnOperatorHasSet:
             assert server.coordinator.publisher.rates.in_force == {"lr": 0.6, "momentum": 0.9}
         said = capsys.readouterr().err
         assert "the outer optimizer is SGD, lr 0.6, Nesterov momentum 0.9; it was averaging, lr 0.5" in said
+
+
+@contextmanager
+def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event, threading.Event, list[OSError]]]:
+    """A save has been read, and reaches the disk when the second event is set; the first says that it waits for that.
+
+    What is in the list is then raised instead, one for each save.
+    """
+    is_waiting, go_on, refusals = threading.Event(), threading.Event(), list[OSError]()
+    writes = background.write_part
+
+    def slowly(*arguments: Any) -> None:
+        *others, taken = arguments
+
+        def taken_and_wait() -> None:
+            taken()
+            is_waiting.set()
+            assert go_on.wait(20)
+            if refusals:
+                raise refusals.pop()
+
+        writes(*others, taken_and_wait)
+
+    monkeypatch.setattr(background, "write_part", slowly)
+    try:
+        yield is_waiting, go_on, refusals
+    finally:
+        go_on.set()
+
+
+class TestSlowDisk:
+    """A save brings to the disk what it has read, while versions of other fragments, and the next of this, are made."""
+
+    NAMES = (["a.weight", "a.bias"], ["b.weight"])
+    SAID = settings_of(values(0), NAMES, upload="bf16", download="bf16")
+
+    def bring(self, worker: Speaker, fragment: int, round: int) -> None:
+        mine = {name: difference(worker.name, round)[name] for name in self.NAMES[fragment]}
+        worker.contribute(round, mine, fragment=fragment, upload="bf16")
+
+    def contribute(self, worker: Speaker, fragment: int, round: int) -> None:
+        self.bring(worker, fragment, round)
+        mine = {name: values(0)[name] for name in self.NAMES[fragment]}
+        worker.taken(mine, whole(mine), at_least=round + 1, fragment=fragment)
+
+    def test_the_next_outer_steps_do_not_wait_for_it_and_the_next_save_does(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with running_server(tmp_path / "one", values(0), self.SAID, Nesterov(), save_every=2) as server:
+            worker = come(server, "a")[0]
+            with slow_disk(monkeypatch) as (is_waiting, go_on, _):
+                self.contribute(worker, 0, 0)
+                self.contribute(worker, 1, 0)
+                assert is_waiting.wait(20)
+                self.contribute(worker, 0, 1)
+                assert server.status()["versions"] == [2, 1]
+                assert server.status()["durable"] == [0, 0]
+                shutil.copytree(tmp_path / "one", tmp_path / "within")
+                self.contribute(worker, 1, 1)  # a save is due again
+                time.sleep(0.05)
+                assert server.status()["durable"] == [0, 0]
+                self.bring(worker, 0, 2)
+                time.sleep(0.05)
+                assert server.status()["versions"] == [2, 2]  # it waits, and so does what would be made after it
+                go_on.set()
+                until(lambda: server.status()["durable"] == [2, 2])
+            until(lambda: server.status()["versions"] == [3, 2])
+            shutil.copytree(tmp_path / "one", tmp_path / "after")
+            expected = state(server)
+        for folder, kept in (("within", ((0, 0), (1, 0), (0, 1), (1, 1), (0, 2))), ("after", ((0, 2),))):
+            with running_server(tmp_path / folder, values(0), self.SAID, Nesterov(), save_every=2) as server:
+                worker = come(server, "a")[0]
+                for fragment, round in kept:
+                    self.contribute(worker, fragment, round)
+                require_equal(state(server), expected)
+
+    def test_one_that_is_refused_after_it_was_read_is_made_again_with_what_came_since(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with running_server(tmp_path / "one", values(0), self.SAID, Nesterov(), save_every=2) as server:
+            worker = come(server, "a")[0]
+            with slow_disk(monkeypatch) as (is_waiting, go_on, refusals):
+                refusals += [FULL, FULL, FULL]
+                self.contribute(worker, 0, 0)
+                self.contribute(worker, 1, 0)
+                assert is_waiting.wait(20)
+                self.contribute(worker, 0, 1)
+                shutil.copytree(tmp_path / "one", tmp_path / "within")
+                go_on.set()
+                until(lambda: server.status()["durable"] == [2, 1])
+            assert not refusals
+            assert server.status()["trouble"] is None
+            expected = state(server)
+        assert capsys.readouterr().err.count("trying again every") == 2  # for the state of each step once
+        for folder in ("one", "within"):
+            with running_server(tmp_path / folder, values(0), self.SAID, Nesterov(), save_every=2) as server:
+                worker = come(server, "a")[0]
+                for fragment, round in ((0, 0), (1, 0), (0, 1)) if folder == "within" else ():
+                    self.contribute(worker, fragment, round)
+                require_equal(state(server), expected)
+
+    def test_a_save_by_hand_hears_of_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        with running_server(tmp_path, values(0), self.SAID, Nesterov(), save_every=100) as server:
+            worker = come(server, "a")[0]
+            with slow_disk(monkeypatch) as (_, go_on, refusals):
+                refusals.append(FULL)
+                go_on.set()
+                self.contribute(worker, 0, 0)
+                reply = ask(server, "POST", "/v1/control/save")
+                assert reply.status == 507
+                assert "No space left" in reply.json["error"]
+            until(lambda: server.status()["durable"] == [1, 0])
 
 
 class TestFullDisk:
