@@ -11,10 +11,10 @@ Between two exchanges the workers do nothing for as long as the server needs to 
 
 Limits: an exchange takes at most 1.15 of its bytes over the line's rate; over loopback client and server together move
 bytes at 0.85 of the speed of a bare socket or more, each way, and a whole exchange stands beside the least that one is
-on this machine (`hand_exchange.py`); the server's peak is at most 4 models + 0.5 GB; of a transfer that takes as long as
-the training beside it, 90 % is hidden, and no step is longer than 1.3 of the median, or where this machine allows no 1.3
-than 1.1 of the longest by hand (`hand_streaming.py`); bytes of a step at a worker's interface, H = 500, are 980 (bf16)
-and 3,400 (int4) times less than DDP's; an exchange takes no longer than torchft's.
+on this machine (`hand_exchange.py`); the server's peak is at most 4 models + 0.5 GB; of a transfer that takes as long
+as the training beside it, 90 % is hidden, and no step is longer than 1.3 of the median, or, where this machine does not
+allow that, than 1.1 of the longest by hand (`hand_streaming.py`); bytes of a step at a worker's interface, H = 500, are
+980 (bf16) and 3,400 (int4) times less than DDP's; an exchange takes no longer than torchft's.
 What a single run says of a longest step, and of 40 MB, is mostly noise: of these it is the median of five.
 """
 

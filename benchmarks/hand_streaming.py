@@ -1,9 +1,9 @@
 """The least that streaming asks of a step: a training thread that sleeps, copies and adds, and bare sockets beside it.
 
 A fragment is copied aside in one step, and `delay` steps later the new values enter: local += new - sent, over memory
-that is there. Between the two a thread encodes and sends, receives and decodes. No names, digests, checks, HTTP, retries
-or saving; whoever fails hangs. Of the longest step of `diloco_exchange.py` it tells how much is this machine's: both
-workers copy, and the server computes, on the same processors.
+that is there. Between the two a thread encodes and sends, receives and decodes. No names, digests, checks, HTTP,
+retries or saving; whoever fails hangs. Of the longest step of `diloco_exchange.py` it tells how much is this machine's:
+both workers copy, and the server computes, on the same processors.
 """
 
 import socket
