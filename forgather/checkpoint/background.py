@@ -37,7 +37,7 @@ class Writer(Protocol):
     ) -> None:
         """Take what `tensors` hold now, as `items` say; from when `taken` is called, they may change.
 
-        That is at the latest on return, and it is not called at all when the part cannot be written.
+        That is at the latest on return, and not at all when the part cannot be written so far. It may still fail then.
         """
 
     def written(self) -> ForgatherError | None:

@@ -96,7 +96,7 @@ class CheckpointStore:
         """Begin the checkpoint of `step`, and return the folder that it will be; `state` may change from here on.
 
         `taken` is called, in this thread, when it may change already: before a save that is not `asynchronous` is on
-        the disk.
+        the disk. It is not called when nothing is written, or that fails before.
 
         `metrics` are those of an evaluation at this step: they tell which checkpoints are the best. A step that this
         run has just saved or loaded is not written again. Waits for the save before. CheckpointError, on every rank,

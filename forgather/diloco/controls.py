@@ -22,8 +22,7 @@ class Controls:
 
     async def save(self) -> int:
         """Save now; returns the step. Nothing is written where nothing is new."""
-        await self._there.publisher.save()
-        return self._there.publisher.step
+        return await self._there.publisher.save()
 
     def drain(self) -> None:
         """Take nobody in any more, tell all workers to send what they have, save and stop; end when they have left.

@@ -16,6 +16,8 @@ from forgather.diloco.messages import Version
 from forgather.durable import sync
 from forgather.errors import CheckpointError
 
+_LONG = 1 << 16  # bytes
+
 
 @dataclass(frozen=True)
 class Made:
@@ -31,6 +33,7 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rates: Mapping[str, Any] | None = None  # as they were changed last, once `after` has read it
+        self._is_named = True  # on the disk, where it is there
 
     def add(self, fragment: int, version: Version, made: Made) -> None:
         """Return when it is on the disk. OSError when that cannot be; then there is no such line."""
@@ -41,7 +44,7 @@ class Journal:
         self._write({"rates": state})
 
     def _write(self, content: Any) -> None:
-        is_new = not self.path.exists()
+        self._is_named = self._is_named and self.path.exists()
         with self.path.open("ab", buffering=0) as file:
             before = file.tell()
             try:
@@ -50,8 +53,9 @@ class Journal:
             except OSError:
                 os.ftruncate(file.fileno(), before)
                 raise
-        if is_new:
+        if not self._is_named:
             sync(self.path.parent)
+            self._is_named = True
 
     def size(self) -> int:
         """How long it is, in bytes."""
@@ -60,18 +64,24 @@ class Journal:
     def clear(self, size: int) -> None:
         """What it had when it was so long is in a checkpoint; what came since stays.
 
-        OSError when that cannot be; then all of it stays, and what is in the checkpoint will be passed over.
+        Some of what is in the checkpoint may stay too, as it will be passed over: to write the rest anew takes two
+        waits for the disk, before the next line. OSError when the disk refuses.
         """
         if self.size() <= size:
             self.path.unlink(missing_ok=True)
             return
+        with self.path.open("rb") as file:
+            saved, rest = file.read(size), file.read()
+        if len(saved) < _LONG and b'{"rates"' not in saved:  # rates are not known to be older
+            return
         aside = self.path.with_suffix(".new")
-        with self.path.open("rb") as file, aside.open("wb", buffering=0) as rest:
-            file.seek(size)
-            write_all(rest.fileno(), memoryview(file.read()))
-            os.fsync(rest.fileno())
+        with aside.open("wb", buffering=0) as new:
+            write_all(new.fileno(), memoryview(rest))
+            os.fsync(new.fileno())
+        self._is_named = False
         aside.rename(self.path)
         sync(self.path.parent)
+        self._is_named = True
 
     def after(self, versions: Sequence[Version]) -> list[list[Made]]:
         """For each fragment what made the versions that come after these, in order.

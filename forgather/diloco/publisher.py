@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -40,6 +40,8 @@ from forgather.diloco.rounds import Rounds
 from forgather.diloco.saver import Refusal, Saver
 from forgather.diloco.server_state import OuterState, ServerState
 from forgather.errors import CheckpointError, ConfigError
+
+Result = TypeVar("Result")
 
 HISTORY = 200
 RETRY_S = 2.0  # after a disk has refused to save
@@ -291,30 +293,34 @@ class Publisher:
             }
         )
 
-    async def save(self) -> None:
-        """Save now; nothing is written where nothing is new. ProtocolError (507) when the disk refuses."""
+    async def save(self) -> int:
+        """Save now, and return the step that is on the disk then; nothing is written where nothing is new.
+
+        ProtocolError (507) when the disk refuses.
+        """
         if self.trouble is not None:
             raise ProtocolError(f"it cannot save: {self.trouble}", status=507)
+        await self._saver.finish()  # here, and not where outer steps would wait for it too
         try:
             async with self._lock:
-                await self._save()
+                step = await self._save()
             refusal: Exception | None = await self._saver.finish()
         except CheckpointError as error:
             refusal = error
-        if isinstance(refusal, CheckpointError):
-            raise ProtocolError(refusal.message, status=507, fix=refusal.fix) from refusal
         if refusal is not None:
-            raise ProtocolError(cause_of(refusal), status=507) from refusal
+            fix = refusal.fix if isinstance(refusal, CheckpointError) else None
+            raise ProtocolError(cause_of(refusal), status=507, fix=fix) from refusal
+        return step
 
-    async def _save(self) -> None:
-        """Begin to; the state may change on return."""
+    async def _save(self) -> int:
+        """Begin to, and return which step it is; the state may change on return."""
         if self._is_half:
             raise CheckpointError(
                 "an outer step has failed, and what it has left is half of a version: only what is on the disk is good",
                 fix="start the server again: it goes on from its newest checkpoint",
             )
         # The journal says what is still to be made again; what is older is passed over.
-        await self._saver.begin(self._document, may_clear=not self._rounds.is_made_again)
+        return await self._saver.begin(self._document, may_clear=not self._rounds.is_made_again)
 
     def _save_has_ended(self, error: Exception | None) -> None:
         """One that had begun is on the disk, or will not be."""
@@ -322,19 +328,27 @@ class Publisher:
             self._troubles.pop("save", None)
         elif isinstance(error, Refusal):
             self._note_trouble("save", error)
-            self._retry = asyncio.create_task(self._save_again())
+            if self._retry is None or self._retry.done():
+                self._retry = asyncio.create_task(self._save_again())
         else:
-            self.has_failed(f"saving failed: {error}")
-            self._stopped.set()
+            self._ends_with(error)
 
     async def _save_again(self) -> None:
-        with suppress(StoppingError):
+        try:
             await self._pause()
             async with self._lock:
                 if self._saver.num_unsaved:  # or another was begun meanwhile
                     await self._retried("save", self._save)
+        except StoppingError:
+            return
+        except Exception as error:  # noqa: BLE001  nobody waits for this task
+            self._ends_with(error)
 
-    async def _retried(self, what: Literal["journal", "save"], write: Callable[[], Awaitable[None]]) -> None:
+    def _ends_with(self, error: Exception) -> None:
+        self.has_failed(f"saving failed: {error}")
+        self._stopped.set()
+
+    async def _retried(self, what: Literal["journal", "save"], write: Callable[[], Awaitable[object]]) -> None:
         while True:
             try:
                 await write()
@@ -358,8 +372,8 @@ class Publisher:
         if self._stopped.is_set():
             raise StoppingError
 
-    async def _in_thread(self, call: Callable[[], object]) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._thread, call)
+    async def _in_thread(self, call: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
 
     def set_outer(self, **rates: float) -> None:
         """Change `lr` or `momentum` of the outer optimizer, when its step has ended."""
@@ -377,16 +391,27 @@ class Publisher:
             self.run.say(f"warning: the rates of the outer optimizer are not written down: {error.strerror}")
 
     async def close(self) -> None:
-        """Save what is not saved, where the disk takes it, and let go of everything."""
+        """Save what is not saved, and let go of everything.
+
+        A disk that has refused is asked once more; that it refuses again was told already, and is no error here.
+        """
         try:
-            was_in_trouble = self.trouble is not None
+            was_told = self.trouble is not None
             await self._saver.finish()
             if self._retry is not None:
                 await self._retry
-            if not was_in_trouble and not self._is_half:
-                await self._save()
-                if (refusal := await self._saver.finish()) is not None:
+            if not set(self._troubles) - {"save"} and not self._is_half:
+                refusal = await self._last_save()
+                if refusal is not None and not was_told:
                     raise refusal
         finally:
             self._thread.shutdown()
             self._saver.close()
+
+    async def _last_save(self) -> Exception | None:
+        try:
+            async with self._lock:
+                await self._save()
+        except (CheckpointError, OSError) as error:
+            return error
+        return await self._saver.finish()

@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, cast
+from typing import Any, Protocol, TypeVar, cast
 
 from forgather.checkpoint.keep import Keep
 from forgather.checkpoint.loading import Checkpoint
@@ -24,14 +24,19 @@ from forgather.diloco.server_state import ServerState
 from forgather.errors import CheckpointError
 
 Refusal = CheckpointError | OSError  # of a disk
+Result = TypeVar("Result")
+
+
+class InThread(Protocol):
+    def __call__(self, call: Callable[[], Result], /) -> Awaitable[Result]: ...
 
 
 class Saver:
     """Saves `state`, which has `fragments`, in the run folder `run`, and shortens `journal` by what is saved then.
 
-    The journal is touched `in_journal_thread` alone. `tell` wakes whoever waits for a version to be durable; `ended` is
-    called when a save is on the disk, and, with the error, when one fails of which `begin` has returned. What the disk
-    refused may be begun again.
+    The journal is touched `in_journal_thread` alone. `tell` wakes whoever waits for a version to be durable. `ended` is
+    called when a save is on the disk; with the error when the disk refuses what was read already, which is then to be
+    begun again; and with any other error, after which nothing is to be saved any more.
     """
 
     def __init__(
@@ -41,7 +46,7 @@ class Saver:
         state: ServerState,
         fragments: Sequence[FragmentValues],
         journal: Journal,
-        in_journal_thread: Callable[[Callable[[], object]], Awaitable[object]],
+        in_journal_thread: InThread,
         tell: Callable[[], Coroutine[Any, Any, None]],
         ended: Callable[[Exception | None], None],
     ) -> None:
@@ -75,8 +80,8 @@ class Saver:
         self._are_durable([each.version.number for each in self._fragments])
         return newest
 
-    async def begin(self, document: Callable[[], Mapping[str, Any]], *, may_clear: bool) -> None:
-        """Return when the state, and the `document` of what is no tensor, were read, and may change.
+    async def begin(self, document: Callable[[], Mapping[str, Any]], *, may_clear: bool) -> int:
+        """Return when the state, and the `document` of what is no tensor, were read, and may change; with their step.
 
         CheckpointError or OSError when the disk refuses before, or still refuses after it has refused the save before.
         A step that is saved already is not written again: what was set since is in the journal alone.
@@ -95,16 +100,15 @@ class Saver:
         writing = loop.run_in_executor(self._thread, write)
         num_versions, self.num_unsaved = self.num_unsaved, 0
         numbers = [each.version.number for each in self._fragments]
-        cleared = cast(int, size) if may_clear and num_versions else None
-        returned = asyncio.Event()
-        self._finishing = asyncio.create_task(self._finish(writing, returned, numbers, num_versions, cleared))
+        cleared = size if may_clear and num_versions else None
+        self._finishing = asyncio.create_task(self._finish(writing, taken, numbers, num_versions, cleared))
         if not is_awaited:
             reading = asyncio.create_task(taken.wait())
             await asyncio.wait([reading, self._finishing], return_when=asyncio.FIRST_COMPLETED)
             reading.cancel()
         if (is_awaited or self._finishing.done()) and (refusal := await self.finish()) is not None:
             raise refusal
-        returned.set()
+        return step
 
     async def finish(self) -> Refusal | None:
         """Return when the last save is on the disk; what the disk had against it."""
@@ -113,7 +117,7 @@ class Saver:
     async def _finish(
         self,
         writing: Awaitable[None],
-        returned: asyncio.Event,
+        taken: asyncio.Event,
         numbers: Sequence[int],
         num_versions: int,
         cleared: int | None,
@@ -122,7 +126,7 @@ class Saver:
             await writing
         except Exception as error:
             self.num_unsaved += num_versions
-            if returned.is_set():
+            if taken.is_set() or not isinstance(error, Refusal):
                 self._ended(error)
             if isinstance(error, Refusal):
                 return error

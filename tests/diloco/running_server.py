@@ -71,13 +71,16 @@ def running_server(
     num_workers: int = 1,
     token: str | None = TOKEN,
     serve: Mapping[str, Any] | None = None,
+    ends_with: type[Exception] | None = None,
     **arguments: Any,
 ) -> Iterator[RunningServer]:
     """Run a server that begins with `values`, or with what it finds in `folder`, until the block ends.
 
-    `arguments` go to the Coordinator, those in `serve` to `application.serving`.
+    `arguments` go to the Coordinator, those in `serve` to `application.serving`. The server is to end as it
+    was told to, or with an error of the kind `ends_with`.
     """
     started: Future[RunningServer] = Future()
+    failures: list[BaseException] = []
 
     async def run(run_folder: RunFolder) -> None:
         coordinator = Coordinator(
@@ -97,10 +100,11 @@ def running_server(
         try:
             with RunFolder(folder) as run_folder:
                 asyncio.run(run(run_folder))
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  raised by whoever started it
             if started.done():
-                raise
-            started.set_exception(error)
+                failures.append(error)
+            else:
+                started.set_exception(error)
 
     thread = threading.Thread(target=main, name="server")
     thread.start()
@@ -114,3 +118,6 @@ def running_server(
                 ended.loop.call_soon_threadsafe(ended.coordinator.shutdown)
         thread.join(30)
         assert not thread.is_alive(), "the server has not ended"
+        if failures and (ends_with is None or not isinstance(failures[0], ends_with)):
+            raise failures[0]
+        assert ends_with is None or failures, f"the server has not ended with a {ends_with.__name__}"

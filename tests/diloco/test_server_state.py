@@ -4,6 +4,7 @@ A kill is a copy of the folder at that moment, on which another server is starte
 """
 
 import errno
+import json
 import os
 import shutil
 import threading
@@ -24,13 +25,13 @@ from forgather.checkpoint.state import TrainState
 from forgather.checkpoint.storage import read_tensor
 from forgather.checkpoint.store import CheckpointStore
 from forgather.cli.main import main
-from forgather.diloco import publisher, server_state
+from forgather.diloco import journal, publisher, server_state
 from forgather.diloco.fragment_values import FragmentValues
 from forgather.diloco.journal import Journal, Made
 from forgather.diloco.messages import Version
 from forgather.diloco.outer import DelayedNesterov, Nesterov
 from forgather.diloco.settings import Settings
-from forgather.errors import CheckpointError
+from forgather.errors import CheckpointError, ForgatherError
 from tests.diloco.running_server import RunningServer, running_server, settings_of
 from tests.diloco.speaking import Reply, Speaker, ask, whole
 from tests.diloco.test_server import HELD, come, one, until, values
@@ -256,6 +257,32 @@ class TestSavingEveryFewVersions:
             b.contribute(0, one(1.0))
             assert c.taken(one(0.0), whole(one(0.0)), at_least=1)[0] == version
 
+    def test_a_save_on_the_way_keeps_what_is_still_to_be_made_again(self, tmp_path: Path) -> None:
+        arguments: dict[str, Any] = {"num_workers": 2, "round_timeout_s": 0.05}
+        with running_server(tmp_path / "one", one(0.0), save_every=100, **arguments) as server:
+            a, b = come(server, "a", "b")
+            for worker in (a, b):
+                worker.contribute(0, one(1.0))
+            b.taken(one(0.0), whole(one(0.0)), at_least=1)
+            b.contribute(1, one(1.0))  # a is late, by more than the deadline
+            b.taken(one(0.0), whole(one(0.0)), at_least=2)
+            version = server.coordinator.fragments[0].version
+            shutil.copytree(tmp_path / "one", tmp_path / "copy")
+        with running_server(tmp_path / "copy", one(0.0), save_every=1, **arguments) as server:
+            for worker in come(server, "a", "b"):
+                worker.contribute(0, one(1.0))
+            until(lambda: server.status()["durable"] == [1])
+            shutil.copytree(tmp_path / "copy", tmp_path / "again")
+        with running_server(tmp_path / "again", one(0.0), save_every=1, **arguments) as server:
+            a, b = come(server, "a", "b")
+            asking = threading.Thread(target=lambda: a.contribute(1, one(9.0)))
+            asking.start()
+            time.sleep(0.1)
+            assert b.contribute(1, one(1.0)).json == HELD
+            b.taken(one(0.0), whole(one(0.0)), at_least=2)
+            asking.join(20)
+            assert server.coordinator.fragments[0].version == version
+
     def test_an_asynchronous_servers_arrivals_come_in_the_same_order(self, tmp_path: Path) -> None:
         said = settings_of(values(0), upload="bf16", mode="async")
         arguments: dict[str, Any] = {"num_workers": 2, "save_every": 100}
@@ -307,20 +334,34 @@ class TestJournal:
         journal.clear(journal.size())
         assert journal.after(versions) == [[], []]
 
-    def test_what_came_after_a_save_had_begun_stays_when_that_is_on_the_disk(self, tmp_path: Path) -> None:
-        journal = Journal(tmp_path / "journal")
-        assert journal.size() == 0
-        journal.add(0, Version(1, "z"), made(("a", 0)))
-        size = journal.size()
-        journal.add(0, Version(2, "z"), made(("b", 1)))
-        journal.add_rates({"lr": 0.5})
-        journal.clear(size)
-        assert journal.after([Version(1, "z")]) == [[made(("b", 1))]]
-        assert journal.rates == {"lr": 0.5}
-        assert journal.path.read_bytes().count(b"\n") == 2
-        journal.add(0, Version(3, "z"), made(("c", 2)))
-        assert journal.after([Version(1, "z")]) == [[made(("b", 1)), made(("c", 2))]]
+    @pytest.mark.parametrize("is_long", [False, True])
+    def test_what_came_after_a_save_had_begun_stays_when_that_is_on_the_disk(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_long: bool
+    ) -> None:
+        if is_long:
+            monkeypatch.setattr(journal, "_LONG", 8)
+        there = Journal(tmp_path / "journal")
+        assert there.size() == 0
+        there.add(0, Version(1, "z"), made(("a", 0)))
+        size = there.size()
+        there.add(0, Version(2, "z"), made(("b", 1)))
+        there.add_rates({"lr": 0.5})
+        there.clear(size)
+        assert there.path.read_bytes().count(b"\n") == (2 if is_long else 3)
+        assert there.after([Version(1, "z")]) == [[made(("b", 1))]]
+        assert there.rates == {"lr": 0.5}
+        there.add(0, Version(3, "z"), made(("c", 2)))
+        assert there.after([Version(1, "z")]) == [[made(("b", 1)), made(("c", 2))]]
         assert [path.name for path in tmp_path.iterdir()] == ["journal"]
+
+    def test_rates_that_a_checkpoint_has_do_not_stay(self, tmp_path: Path) -> None:
+        there = Journal(tmp_path / "journal")
+        there.add_rates({"lr": 0.5})
+        size = there.size()
+        there.add(0, Version(1, "z"), made(("a", 0)))
+        there.clear(size)
+        assert there.after([Version(0, "")]) == [[made(("a", 0))]]
+        assert there.rates is None
 
     def test_a_line_that_a_killed_server_has_not_finished_is_cut_off_so_that_others_can_follow(
         self, tmp_path: Path
@@ -526,6 +567,56 @@ class TestSlowDisk:
                     self.contribute(worker, fragment, round)
                 require_equal(state(server), expected)
 
+    def test_the_journal_keeps_what_it_does_not_have(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(journal, "_LONG", 8)
+        lines = tmp_path / "journal.jsonl"
+
+        def versions() -> list[list[int]]:
+            return [[line[0], line[1][0]] for line in map(json.loads, lines.read_text().splitlines())]
+
+        with running_server(tmp_path, values(0), self.SAID, Nesterov(), save_every=2) as server:
+            worker = come(server, "a")[0]
+            with slow_disk(monkeypatch) as (is_waiting, go_on, _):
+                self.contribute(worker, 0, 0)
+                self.contribute(worker, 1, 0)
+                assert is_waiting.wait(20)
+                self.contribute(worker, 0, 1)
+                assert versions() == [[0, 1], [1, 1], [0, 2]]
+                go_on.set()
+                until(lambda: server.status()["durable"] == [1, 1])
+                assert versions() == [[0, 2]]
+            assert ask(server, "POST", "/v1/control/save").json == {"step": 3}
+            assert not lines.exists()
+
+    def test_others_than_had_made_it_do_not_make_what_came_after_it(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A lost line would let the worker that was late come in."""
+        said = settings_of(one(0.0), upload="bf16")
+        arguments: dict[str, Any] = {"num_workers": 2, "save_every": 1, "round_timeout_s": 0.05}
+        with running_server(tmp_path / "one", one(0.0), said, Nesterov(), **arguments) as server:
+            a, b = come(server, "a", "b")
+            with slow_disk(monkeypatch) as (is_waiting, go_on, _):
+                for worker in (a, b):
+                    worker.contribute(0, one(1.0), upload="bf16")
+                assert is_waiting.wait(20)
+                b.contribute(1, one(2.0), upload="bf16")
+                b.taken(one(0.0), whole(one(0.0)), at_least=2)  # after the deadline
+                version = server.coordinator.fragments[0].version
+                go_on.set()
+                until(lambda: server.status()["durable"][0] == 1)
+                shutil.copytree(tmp_path / "one", tmp_path / "copy", ignore=shutil.ignore_patterns("*step-00000002*"))
+        with running_server(tmp_path / "copy", one(0.0), said, Nesterov(), **arguments) as server:
+            assert server.status()["versions"] == [1]
+            a, b = come(server, "a", "b")
+            asking = threading.Thread(target=lambda: a.contribute(1, one(9.0), upload="bf16"))
+            asking.start()
+            time.sleep(0.1)
+            assert b.contribute(1, one(2.0), upload="bf16").json == HELD
+            b.taken(one(0.0), whole(one(0.0)), at_least=2)
+            asking.join(20)
+            assert server.coordinator.fragments[0].version == version
+
     def test_one_that_is_refused_after_it_was_read_is_made_again_with_what_came_since(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -551,17 +642,82 @@ class TestSlowDisk:
                     self.contribute(worker, fragment, round)
                 require_equal(state(server), expected)
 
-    def test_a_save_by_hand_hears_of_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        with running_server(tmp_path, values(0), self.SAID, Nesterov(), save_every=100) as server:
+    def test_after_it_was_refused_no_version_is_made_before_it_is_on_the_disk(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with running_server(tmp_path, values(0), self.SAID, Nesterov(), save_every=2) as server:
             worker = come(server, "a")[0]
-            with slow_disk(monkeypatch) as (_, go_on, refusals):
+            with slow_disk(monkeypatch) as (is_waiting, go_on, refusals):
                 refusals.append(FULL)
-                go_on.set()
                 self.contribute(worker, 0, 0)
+                self.contribute(worker, 1, 0)
+                assert is_waiting.wait(20)
+                is_waiting.clear()
+                go_on.set()
+                until(lambda: not refusals)
+                go_on.clear()
+                assert is_waiting.wait(20)  # once more, and all wait for it
+                self.bring(worker, 0, 1)
+                time.sleep(0.05)
+                assert server.status()["versions"] == [1, 1]
+                go_on.set()
+                until(lambda: server.status()["versions"] == [2, 1])
+            assert server.status()["durable"] == [1, 1]
+
+    def test_a_save_by_hand_hears_of_it_and_does_not_keep_versions_waiting(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with running_server(tmp_path, values(0), self.SAID, Nesterov(), save_every=2) as server:
+            worker = come(server, "a")[0]
+            replies: list[Reply] = []
+            with slow_disk(monkeypatch) as (is_waiting, go_on, refusals):
+                self.contribute(worker, 0, 0)
+                self.contribute(worker, 1, 0)
+                assert is_waiting.wait(20)
+                saving = threading.Thread(target=lambda: replies.append(ask(server, "POST", "/v1/control/save")))
+                saving.start()
+                time.sleep(0.05)
+                self.contribute(worker, 0, 1)
+                is_waiting.clear()
+                go_on.set()
+                saving.join(20)
+                assert replies.pop().json == {"step": 3}
+                refusals.append(FULL)
+                self.contribute(worker, 1, 1)
                 reply = ask(server, "POST", "/v1/control/save")
                 assert reply.status == 507
                 assert "No space left" in reply.json["error"]
-            until(lambda: server.status()["durable"] == [1, 0])
+            until(lambda: server.status()["durable"] == [2, 2])
+            assert server.status()["trouble"] is None
+
+    def test_what_else_goes_wrong_with_it_ends_the_server(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def broken(*arguments: Any) -> None:
+            arguments[-1]()
+            raise ForgatherError("its name may be lost")
+
+        with running_server(
+            tmp_path, values(0), self.SAID, Nesterov(), save_every=2, ends_with=ForgatherError
+        ) as server:
+            worker = come(server, "a")[0]
+            monkeypatch.setattr(background, "write_part", broken)
+            self.contribute(worker, 0, 0)
+            self.contribute(worker, 1, 0)
+            until(server.coordinator.stopped.is_set)
+            assert "its name may be lost" in (server.coordinator.trouble or "")
+
+    def test_a_stop_tells_that_what_was_not_saved_will_not_be(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with slow_disk(monkeypatch) as (_, go_on, refusals):
+            go_on.set()
+            with running_server(
+                tmp_path, values(0), self.SAID, Nesterov(), save_every=100, ends_with=CheckpointError
+            ) as server:
+                worker = come(server, "a")[0]
+                self.contribute(worker, 0, 0)
+                refusals.append(FULL)
 
 
 class TestFullDisk:
@@ -794,7 +950,6 @@ def test_a_training_has_one_name_for_good(tmp_path: Path) -> None:
     assert names[2] not in ("", names[0])
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_half_an_outer_step_is_never_saved(tmp_path: Path) -> None:
     """Who waits for a save while a step fails would keep what has moved, and count what moved it again."""
     is_stepping, go_on = threading.Event(), threading.Event()
@@ -808,7 +963,7 @@ def test_half_an_outer_step_is_never_saved(tmp_path: Path) -> None:
                 raise MemoryError("no room for it")
 
     first = {"a": torch.zeros(3), "b": torch.zeros(3)}
-    with running_server(tmp_path, first, outer=Failing(1.0, 0.0), save_every=4) as server:
+    with running_server(tmp_path, first, outer=Failing(1.0, 0.0), save_every=4, ends_with=MemoryError) as server:
         worker = come(server, "a")[0]
         worker.contribute(0, {name: torch.full((3,), -1.0) for name in first})
         worker.taken(first, whole(first), at_least=1)
