@@ -59,7 +59,7 @@ class Dose:
     text: Literal["library", "markov"] = "library"
 
 
-SMALL = Dose(steps=2400, rows=8, hidden=48, layers=2, lr=5e-3)
+SMALL = Dose(steps=4800, rows=4, hidden=48, layers=2, lr=3e-3)
 FULL = Dose(steps=4000, rows=8, hidden=224, layers=6, lr=3e-3)
 MARKOV = Dose(steps=1200, rows=8, hidden=48, layers=2, lr=5e-3, text="markov")
 

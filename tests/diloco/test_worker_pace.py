@@ -49,7 +49,7 @@ def test_a_slower_worker_makes_fewer_steps_though_the_faster_one_waits_for_it(tm
             workers = server.status()["workers"]
             return workers["fast"]["sync_every"] == 12 and workers["slow"]["sync_every"] <= 6
 
-        loops = [threading.Thread(target=body, args=each) for each in ((fast, 0.002), (slow, 0.02))]
+        loops = [threading.Thread(target=body, args=each) for each in ((fast, 0.002), (slow, 0.05))]
         for each in loops:
             each.start()
         try:
