@@ -544,7 +544,8 @@ def streaming(hosts: Sequence[Host], megabytes: float) -> list[Bar]:
     compute_s = transfer_s / num_fragments / delay  # the steps beside a fragment's transfer take as long as it
     pace = Pace(num_fragments, int(megabytes * 1e6 / 4 / num_fragments), sync_every, delay, steps, compute_s)
     after = sync_every + delay + 1  # in the first turn of each fragment memory is touched for the first time
-    hidden, longest, by_hand = [], [], []
+    hidden: tuple[list[float], list[float]] = [], []  # of ours, and by hand
+    longest: tuple[list[float], list[float]] = [], []
     for _ in range(TURNS):
         found = exchange(
             hosts,
@@ -556,21 +557,25 @@ def streaming(hosts: Sequence[Host], megabytes: float) -> list[Bar]:
             compute_s=compute_s,
             save_every=4,
         )
-        seconds = found.seconds[0][after:]
-        added_s = sum(seconds) - len(seconds) * compute_s
-        hidden.append(1 - added_s / (transfer_s * len(seconds) / sync_every))
-        longest.append(max(seconds) / statistics.median(seconds))
-        seconds = hand_streaming_steps(hosts, pace)[after:]
-        by_hand.append(max(seconds) / statistics.median(seconds))
-    limit = statistics.median(by_hand)
+        for side, whole in enumerate((found.seconds[0], hand_streaming_steps(hosts, pace))):
+            seconds = whole[after:]
+            added_s = sum(seconds) - len(seconds) * compute_s
+            hidden[side].append(1 - added_s / (transfer_s * len(seconds) / sync_every))
+            longest[side].append(max(seconds) / statistics.median(seconds))
     print(
         f"streaming, {num_fragments} fragments, {transfer_s:.2f} s a transfer, {compute_s:.3f} s a step: "
-        f"{_spread(hidden)} of it hidden; longest step over median {_spread(longest)}, by hand {_spread(by_hand)}"
+        f"{_spread(hidden[0])} of it hidden, by hand {_spread(hidden[1])}; longest step over median "
+        f"{_spread(longest[0])}, by hand {_spread(longest[1])}"
     )
     return [
-        Bar("streaming: share that is hidden", statistics.median(hidden), ">=", 0.9),
+        Bar("streaming: share that is hidden", statistics.median(hidden[0]), ">=", 0.9),
         # Where the machine allows no 1.3, within 10 % of what it allows.
-        Bar("streaming: longest step over median", statistics.median(longest), "<=", max(1.3, 1.1 * limit)),
+        Bar(
+            "streaming: longest step over median",
+            statistics.median(longest[0]),
+            "<=",
+            max(1.3, 1.1 * statistics.median(longest[1])),
+        ),
     ]
 
 
