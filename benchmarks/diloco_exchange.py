@@ -540,8 +540,17 @@ def bytes_against_ddp(hosts: Sequence[Host], megabytes: float) -> list[Bar]:
 def streaming(hosts: Sequence[Host], megabytes: float) -> list[Bar]:
     """How much of the transfer is hidden where it takes as long as the training beside it; in turns with it by hand."""
     num_fragments, sync_every, delay, steps = 4, 40, 8, 249
-    transfer_s = exchange(hosts, megabytes).round_s
-    compute_s = transfer_s / num_fragments / delay  # the steps beside a fragment's transfer take as long as it
+    # That of a fragment, as it is alone: four of them take longer than all at once does.
+    transfer_s = exchange(
+        hosts,
+        megabytes,
+        num_fragments=num_fragments,
+        sync_every=num_fragments,
+        steps=4 * num_fragments + 1,
+        compute_s=_saving_s(megabytes / num_fragments),
+        save_every=num_fragments,
+    ).round_s
+    compute_s = transfer_s / delay  # the steps beside a fragment's transfer take as long as it
     pace = Pace(num_fragments, int(megabytes * 1e6 / 4 / num_fragments), sync_every, delay, steps, compute_s)
     after = sync_every + delay + 1  # in the first turn of each fragment memory is touched for the first time
     hidden: tuple[list[float], list[float]] = [], []  # of ours, and by hand
@@ -560,10 +569,10 @@ def streaming(hosts: Sequence[Host], megabytes: float) -> list[Bar]:
         for side, whole in enumerate((found.seconds[0], hand_streaming_steps(hosts, pace))):
             seconds = whole[after:]
             added_s = sum(seconds) - len(seconds) * compute_s
-            hidden[side].append(1 - added_s / (transfer_s * len(seconds) / sync_every))
+            hidden[side].append(1 - added_s / (transfer_s * num_fragments * len(seconds) / sync_every))
             longest[side].append(max(seconds) / statistics.median(seconds))
     print(
-        f"streaming, {num_fragments} fragments, {transfer_s:.2f} s a transfer, {compute_s:.3f} s a step: "
+        f"streaming, {num_fragments} fragments, {transfer_s:.3f} s a transfer, {compute_s:.3f} s a step: "
         f"{_spread(hidden[0])} of it hidden, by hand {_spread(hidden[1])}; longest step over median "
         f"{_spread(longest[0])}, by hand {_spread(longest[1])}"
     )
