@@ -18,12 +18,12 @@ from multiprocessing.connection import Connection
 import torch
 from torch import Tensor
 
-_PIECE = 1 << 18
+PIECE = 1 << 18
 _BYTES = 1 << 20
 
 
-def _rows(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    return list(zip(*(torch.split(tensor, _PIECE) for tensor in tensors), strict=True))
+def pieces(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    return list(zip(*(torch.split(tensor, PIECE) for tensor in tensors), strict=True))
 
 
 def _send(sock: socket.socket, tensor: Tensor) -> None:
@@ -32,29 +32,44 @@ def _send(sock: socket.socket, tensor: Tensor) -> None:
         sock.sendall(data[start : start + _BYTES])
 
 
-def _receive(sock: socket.socket, tensor: Tensor) -> None:
+def receive(sock: socket.socket, tensor: Tensor) -> None:
     room, done = memoryview(tensor.view(torch.uint8).numpy()), 0
     while done < len(room):
         done += sock.recv_into(room[done : done + _BYTES])
+
+
+def outer_step(
+    value: Tensor, known: Tensor, moment: Tensor, change: Tensor, sent: Sequence[Tensor], scratch: Tensor
+) -> None:
+    """SGD with Nesterov of the mean of what was `sent`, and the `change` from what is `known` to its value."""
+    mean = scratch[: len(value)]
+    mean.copy_(sent[0])
+    for one in sent[1:]:
+        mean.add_(one)
+    mean.div_(len(sent))
+    moment.mul_(0.9).add_(mean)
+    value.sub_(mean, alpha=0.7).sub_(moment, alpha=0.63)
+    change.copy_(torch.sub(value, known, out=mean))
+    known.add_(change)
 
 
 def _work(numel: int, rounds: int, pause_s: float, port: int, said: Connection) -> None:
     torch.set_num_threads(1)
     anchor, local = torch.zeros(numel), torch.full((numel,), 1e-3)
     residual, sent = torch.zeros(numel), torch.zeros(numel, dtype=torch.bfloat16)
-    scratch = torch.empty(_PIECE)
+    scratch = torch.empty(PIECE)
     seconds = []
     with socket.create_connection(("127.0.0.1", port)) as sock:
         for _ in range(rounds):
             time.sleep(pause_s)
             begun = time.perf_counter()
-            for base, now, left, out in _rows(anchor, local, residual, sent):
+            for base, now, left, out in pieces(anchor, local, residual, sent):
                 left.add_(torch.sub(base, now, out=scratch[: len(base)]))
                 out.copy_(left)
                 left.sub_(out)
             _send(sock, sent)
-            _receive(sock, sent)
-            for base, now, change in _rows(anchor, local, sent):
+            receive(sock, sent)
+            for base, now, change in pieces(anchor, local, sent):
                 base.add_(change)
                 now.copy_(base)
             seconds.append(time.perf_counter() - begun)
@@ -75,19 +90,11 @@ def _serve(numel: int, workers: int, rounds: int, listening: socket.socket) -> N
         for thread in threads:
             thread.join()
 
-    gradient = torch.empty(_PIECE)
+    gradient = torch.empty(PIECE)
     for _ in range(rounds):
-        together(_receive, came)
-        for value, known, moment, out, *sent in _rows(master, published, momentum, change, *came):
-            mean = gradient[: len(value)]
-            mean.copy_(sent[0])
-            for one in sent[1:]:
-                mean.add_(one)
-            mean.div_(workers)
-            moment.mul_(0.9).add_(mean)
-            value.sub_(mean, alpha=0.7).sub_(moment, alpha=0.63)
-            out.copy_(torch.sub(value, known, out=mean))
-            known.add_(out)
+        together(receive, came)
+        for value, known, moment, out, *sent in pieces(master, published, momentum, change, *came):
+            outer_step(value, known, moment, out, sent, gradient)
         together(_send, [change] * workers)
 
 

@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from hand_exchange import PIECE, outer_step, pieces, receive
 from torch import Tensor
-
-_PIECE = 1 << 18  # numbers: what a core's cache holds of the few tensors that are worked on at once
 
 
 @dataclass(frozen=True)
@@ -40,12 +39,6 @@ def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.view(torch.uint8).numpy())
 
 
-def _receive(sock: socket.socket, tensor: Tensor) -> None:
-    room, done = _bytes(tensor), 0
-    while done < len(room):
-        done += sock.recv_into(room[done:])
-
-
 @torch.no_grad()
 def hand_work(pace: Pace, address: str, port: int) -> list[float]:
     """The seconds of each step of a worker."""
@@ -53,16 +46,16 @@ def hand_work(pace: Pace, address: str, port: int) -> list[float]:
     anchor = [torch.zeros(pace.numel) for _ in local]
     residual = [torch.zeros(pace.numel) for _ in local]
     sent, new = torch.ones(pace.numel), torch.ones(pace.numel)
-    coded, scratch = torch.zeros(pace.numel, dtype=torch.bfloat16), torch.zeros(_PIECE)
+    coded, scratch = torch.zeros(pace.numel, dtype=torch.bfloat16), torch.zeros(PIECE)
 
     def exchange(sock: socket.socket, fragment: int) -> None:
-        for base, now, left, out in _pieces(anchor[fragment], sent, residual[fragment], coded):
+        for base, now, left, out in pieces(anchor[fragment], sent, residual[fragment], coded):
             left.add_(torch.sub(base, now, out=scratch[: len(base)]))
             out.copy_(left)
             left.sub_(out)
             sock.sendall(_bytes(out))
-        for base, out, value in _pieces(anchor[fragment], coded, new):
-            _receive(sock, out)
+        for base, out, value in pieces(anchor[fragment], coded, new):
+            receive(sock, out)
             torch.add(base, out, out=value)
             base.copy_(value)
 
@@ -89,7 +82,7 @@ def hand_work(pace: Pace, address: str, port: int) -> list[float]:
 def hand_serve(pace: Pace, listening: socket.socket, workers: int = 2) -> None:
     """Make the outer step for so many workers, and send each piece of it as it is made."""
     master, published, momentum = ([torch.zeros(pace.numel) for _ in range(pace.num_fragments)] for _ in range(3))
-    change, gradient = torch.zeros(pace.numel, dtype=torch.bfloat16), torch.zeros(_PIECE)
+    change, gradient = torch.zeros(pace.numel, dtype=torch.bfloat16), torch.zeros(PIECE)
     came = [torch.zeros(pace.numel, dtype=torch.bfloat16) for _ in range(workers)]
     socks = [listening.accept()[0] for _ in range(workers)]
     changed = threading.Condition()
@@ -107,23 +100,15 @@ def hand_serve(pace: Pace, listening: socket.socket, workers: int = 2) -> None:
 
     for turn in range(len(pace.turns)):
         fragment = turn % pace.num_fragments
-        _together([threading.Thread(target=_receive, args=each) for each in zip(socks, came, strict=True)])
+        _together([threading.Thread(target=receive, args=each) for each in zip(socks, came, strict=True)])
         made = 0
         senders = [threading.Thread(target=send, args=(sock,)) for sock in socks]
         for sender in senders:
             sender.start()
-        for value, known, moment, out, *parts in _pieces(
+        for value, known, moment, out, *parts in pieces(
             master[fragment], published[fragment], momentum[fragment], change, *came
         ):
-            mean = gradient[: len(value)]
-            mean.copy_(parts[0])
-            for one in parts[1:]:
-                mean.add_(one)
-            mean.div_(workers)
-            moment.mul_(0.9).add_(mean)
-            value.sub_(mean, alpha=0.7).sub_(moment, alpha=0.63)
-            out.copy_(torch.sub(value, known, out=mean))
-            known.add_(out)
+            outer_step(value, known, moment, out, parts, gradient)
             with changed:
                 made += len(value)
                 changed.notify_all()
@@ -136,7 +121,3 @@ def _together(threads: Sequence[threading.Thread]) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-
-
-def _pieces(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    return list(zip(*(torch.split(tensor, _PIECE) for tensor in tensors), strict=True))

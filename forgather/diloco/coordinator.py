@@ -34,9 +34,9 @@ from forgather.diloco.intake import Intake
 from forgather.diloco.ledger import Ledger
 from forgather.diloco.members import Member, Members
 from forgather.diloco.messages import Contribution, WantValues
-from forgather.diloco.outer import staleness_weight
+from forgather.diloco.outer import Outer, staleness_weight
 from forgather.diloco.presence import Beat, Heartbeat, Register, Registered
-from forgather.diloco.publisher import OuterOptimizer, Publisher, StoppingError
+from forgather.diloco.publisher import Publisher, StoppingError
 from forgather.diloco.rounds import Rounds
 from forgather.diloco.server_status import server_status
 from forgather.diloco.settings import Settings
@@ -69,7 +69,7 @@ class Coordinator:
         self,
         values: Mapping[str, Tensor],
         settings: Settings,
-        outer: OuterOptimizer,
+        outer: Outer,
         run: RunFolder,
         *,
         num_workers: int,

@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
@@ -35,29 +35,17 @@ from forgather.diloco.intake import Intake
 from forgather.diloco.journal import Journal, Made
 from forgather.diloco.ledger import Ledger
 from forgather.diloco.messages import Version
+from forgather.diloco.outer import Outer
 from forgather.diloco.rates import Rates
 from forgather.diloco.rounds import Rounds
 from forgather.diloco.saver import Refusal, Saver
-from forgather.diloco.server_state import OuterState, ServerState
+from forgather.diloco.server_state import ServerState
 from forgather.errors import CheckpointError, ConfigError
 
 Result = TypeVar("Result")
 
 HISTORY = 200
 RETRY_S = 2.0  # after a disk has refused to save
-
-
-class OuterOptimizer(OuterState, Protocol):
-    """What a server needs of an outer optimizer."""
-
-    def require_parameters(self, parameters: Mapping[str, Sequence[int]]) -> None: ...
-
-    def step(self, name: str, master: Tensor, mean: Tensor) -> None: ...
-
-    @property
-    def num_states(self) -> int: ...
-
-    def describe(self) -> str: ...
 
 
 class StoppingError(Exception):
@@ -77,7 +65,7 @@ class Publisher:
         fragments: Sequence[FragmentValues],
         rounds: Rounds,
         intake: Intake,
-        outer: OuterOptimizer,
+        outer: Outer,
         guard: Guard,
         staleness: Callable[[int], float],
         ledger: Ledger | None,
@@ -302,14 +290,17 @@ class Publisher:
             raise ProtocolError(f"it cannot save: {self.trouble}", status=507)
         await self._saver.finish()  # here, and not where outer steps would wait for it too
         try:
-            async with self._lock:
-                step = await self._save()
-            refusal: Exception | None = await self._saver.finish()
-        except CheckpointError as error:
-            refusal = error
-        if refusal is not None:
+            return await self._save_whole()
+        except (CheckpointError, OSError) as refusal:
             fix = refusal.fix if isinstance(refusal, CheckpointError) else None
             raise ProtocolError(cause_of(refusal), status=507, fix=fix) from refusal
+
+    async def _save_whole(self) -> int:
+        """Save, and return the step when it is on the disk. CheckpointError or OSError when the disk refuses."""
+        async with self._lock:
+            step = await self._save()
+        if (refusal := await self._saver.finish()) is not None:
+            raise refusal
         return step
 
     async def _save(self) -> int:
@@ -395,23 +386,16 @@ class Publisher:
 
         A disk that has refused is asked once more; that it refuses again was told already, and is no error here.
         """
+        was_told = self.trouble is not None
         try:
-            was_told = self.trouble is not None
             await self._saver.finish()
             if self._retry is not None:
                 await self._retry
             if not set(self._troubles) - {"save"} and not self._is_half:
-                refusal = await self._last_save()
-                if refusal is not None and not was_told:
-                    raise refusal
+                await self._save_whole()
+        except (CheckpointError, OSError):
+            if not was_told:
+                raise
         finally:
             self._thread.shutdown()
             self._saver.close()
-
-    async def _last_save(self) -> Exception | None:
-        try:
-            async with self._lock:
-                await self._save()
-        except (CheckpointError, OSError) as error:
-            return error
-        return await self._saver.finish()

@@ -10,7 +10,7 @@ It is written between outer steps: a server that comes back stands before or aft
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,18 +21,11 @@ from forgather.checkpoint.layout import Layout
 from forgather.checkpoint.storage import dtype_of
 from forgather.diloco.fragment_values import FragmentValues
 from forgather.diloco.messages import Version
+from forgather.diloco.outer import Outer
 from forgather.errors import CheckpointError
 
 EXTRA = "diloco"
 FORMAT = 3  # of the document; nothing reads another
-
-
-class OuterState(Protocol):
-    """What is saved of an outer optimizer."""
-
-    def state_tensors(self) -> dict[str, Tensor]: ...
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None: ...
 
 
 class ServerState:
@@ -47,7 +40,7 @@ class ServerState:
     def __init__(
         self,
         fragments: Sequence[FragmentValues],
-        outer: OuterState,
+        outer: Outer,
         constants: Mapping[str, Tensor],
         require_document: Callable[[Mapping[str, Any]], None],
         accept_document: Callable[[Mapping[str, Any]], None],

@@ -15,8 +15,7 @@ from torch import Tensor
 from forgather.checkpoint.run_folder import RunFolder
 from forgather.diloco.application import serving
 from forgather.diloco.coordinator import Coordinator
-from forgather.diloco.outer import Nesterov
-from forgather.diloco.publisher import OuterOptimizer
+from forgather.diloco.outer import Nesterov, Outer
 from forgather.diloco.settings import Settings
 
 T = TypeVar("T")
@@ -66,7 +65,7 @@ def running_server(
     folder: Path,
     values: Mapping[str, Tensor],
     settings: Settings | None = None,
-    outer: OuterOptimizer | None = None,
+    outer: Outer | None = None,
     *,
     num_workers: int = 1,
     token: str | None = TOKEN,

@@ -536,15 +536,19 @@ class TestSlowDisk:
         mine = {name: values(0)[name] for name in self.NAMES[fragment]}
         worker.taken(mine, whole(mine), at_least=round + 1, fragment=fragment)
 
+    def begin_to_save(self, worker: Speaker, is_waiting: threading.Event) -> None:
+        """The first version of each fragment."""
+        self.contribute(worker, 0, 0)
+        self.contribute(worker, 1, 0)
+        assert is_waiting.wait(20)
+
     def test_the_next_outer_steps_do_not_wait_for_it_and_the_next_save_does(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         with running_server(tmp_path / "one", values(0), self.SAID, Nesterov(), save_every=2) as server:
             worker = come(server, "a")[0]
             with slow_disk(monkeypatch) as (is_waiting, go_on, _):
-                self.contribute(worker, 0, 0)
-                self.contribute(worker, 1, 0)
-                assert is_waiting.wait(20)
+                self.begin_to_save(worker, is_waiting)
                 self.contribute(worker, 0, 1)
                 assert server.status()["versions"] == [2, 1]
                 assert server.status()["durable"] == [0, 0]
@@ -577,9 +581,7 @@ class TestSlowDisk:
         with running_server(tmp_path, values(0), self.SAID, Nesterov(), save_every=2) as server:
             worker = come(server, "a")[0]
             with slow_disk(monkeypatch) as (is_waiting, go_on, _):
-                self.contribute(worker, 0, 0)
-                self.contribute(worker, 1, 0)
-                assert is_waiting.wait(20)
+                self.begin_to_save(worker, is_waiting)
                 self.contribute(worker, 0, 1)
                 assert versions() == [[0, 1], [1, 1], [0, 2]]
                 go_on.set()
@@ -624,9 +626,7 @@ class TestSlowDisk:
             worker = come(server, "a")[0]
             with slow_disk(monkeypatch) as (is_waiting, go_on, refusals):
                 refusals += [FULL, FULL, FULL]
-                self.contribute(worker, 0, 0)
-                self.contribute(worker, 1, 0)
-                assert is_waiting.wait(20)
+                self.begin_to_save(worker, is_waiting)
                 self.contribute(worker, 0, 1)
                 shutil.copytree(tmp_path / "one", tmp_path / "within")
                 go_on.set()
@@ -649,9 +649,7 @@ class TestSlowDisk:
             worker = come(server, "a")[0]
             with slow_disk(monkeypatch) as (is_waiting, go_on, refusals):
                 refusals.append(FULL)
-                self.contribute(worker, 0, 0)
-                self.contribute(worker, 1, 0)
-                assert is_waiting.wait(20)
+                self.begin_to_save(worker, is_waiting)
                 is_waiting.clear()
                 go_on.set()
                 until(lambda: not refusals)
@@ -671,9 +669,7 @@ class TestSlowDisk:
             worker = come(server, "a")[0]
             replies: list[Reply] = []
             with slow_disk(monkeypatch) as (is_waiting, go_on, refusals):
-                self.contribute(worker, 0, 0)
-                self.contribute(worker, 1, 0)
-                assert is_waiting.wait(20)
+                self.begin_to_save(worker, is_waiting)
                 saving = threading.Thread(target=lambda: replies.append(ask(server, "POST", "/v1/control/save")))
                 saving.start()
                 time.sleep(0.05)
