@@ -69,7 +69,7 @@ def as_train(arguments: Sequence[str], environ: MutableMapping[str, str] | None 
         elif name in _SELECTION:
             rewritten += [name, value]
         elif name == "--sync-every":
-            rewritten.append(f"diloco.sync_every={value}")
+            rewritten.append(f"diloco_address.sync_every={value}")
         else:
             rewritten += [_WORDS[name], value]
     return [*rewritten, *after]

@@ -162,7 +162,7 @@ def server_named(
 
 def naming(name: str, file: str) -> str:
     """How a file is named to the commands that ask a server; which of them reads this is not known here."""
-    return f"diloco.{name}={file} of `train`, --{name.replace('_', '-')} {file} of `diloco ...`"
+    return f"diloco_address.{name}={file} of `train`, --{name.replace('_', '-')} {file} of `diloco ...`"
 
 
 def parse_address(

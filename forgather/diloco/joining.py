@@ -3,13 +3,14 @@
 import re
 import secrets
 import socket
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from forgather.diloco.address import ServerAddress
-from forgather.diloco.client import RemovedError, UnreachableError
+from forgather.diloco.client import Client, RemovedError, UnreachableError
 from forgather.diloco.membership import Backoff, Membership, require_parameters
 from forgather.diloco.presence import WORKER_NAME, Register, Registered
 from forgather.diloco.security import write_secret
@@ -86,6 +87,29 @@ def require_expected(settings: Settings, sync_every: int | None, *, is_leased: b
             "this run wants its rows leased, and the server leases none",
             fix="--no-diloco-leased, and a --seed for each worker; or start the server with --work-units 1024, say",
         )
+
+
+def require_welcome(
+    address: ServerAddress, sync_every: int | None, *, is_leased: bool, timeout_s: float = 10.0
+) -> None:
+    """Ask the server, before a run has prepared anything, for what would keep it out. Collective; raised on all ranks.
+
+    Nothing is registered. One that is away may be there when the run is ready: that is said, and is no error.
+    """
+    found: ForgatherError | None = None
+    if rank() == 0:
+        client = Client(address, "", "", timeout_s=timeout_s)
+        try:
+            require_expected(client.settings(), sync_every, is_leased=is_leased)
+        except UnreachableError as error:
+            print(f"note: {error.message}; this run asks again when it is ready", file=sys.stderr, flush=True)
+        except ForgatherError as error:
+            found = error
+        finally:
+            client.close()
+    found = broadcast_object(found)
+    if found is not None:
+        raise found
 
 
 def describe(membership: Membership, settings: Settings) -> str:

@@ -29,7 +29,8 @@ def client_context(
         _load_authority(context, authority)
     if (certificate is None) != (key is None):
         raise SecurityError(
-            "a certificate and its key are given together, or neither", fix="give --tls-cert, --tls-key"
+            "a certificate and its key are given together, or neither",
+            fix="name both, as tls_cert and tls_key (`diloco ...` has flags for them), or neither",
         )
     if certificate is not None and key is not None:
         _load_pair(context, certificate, key)

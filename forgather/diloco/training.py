@@ -1,6 +1,7 @@
 """DiLoCo in a training config: what `lib:train/causal_lm.yaml` builds from `--diloco-server` and its siblings."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -11,8 +12,8 @@ from forgather.checkpoint.run_folder import RunFolder
 from forgather.data.loader import Loader
 from forgather.data.order import Permutation
 from forgather.data.tokenizers import tokenizer_digest
-from forgather.diloco.address import server_named
-from forgather.diloco.joining import default_name
+from forgather.diloco.address import ServerAddress, server_named
+from forgather.diloco.joining import default_name, require_welcome
 from forgather.diloco.lease_desk import LeaseDesk
 from forgather.diloco.leased_order import LeasedOrder
 from forgather.diloco.worker import DiLoCo
@@ -21,6 +22,14 @@ from forgather.errors import ConfigError
 from forgather.metrics.meter import Meter
 
 KEY_NAME = "diloco.key"  # in the run's folder
+
+
+@dataclass(frozen=True)
+class GivenServer:
+    """The server that a run was given, and the H that it expects there; None where it takes any."""
+
+    address: ServerAddress
+    sync_every: int | None = None
 
 
 class PackageLike(Protocol):
@@ -33,6 +42,27 @@ def order_of(order: Permutation, leases: LeaseDesk, rows_per_step: int) -> Permu
     return LeasedOrder(order, leases, rows_per_step=rows_per_step) if leases.is_open else order
 
 
+def find_server(
+    server: str | None,
+    *,
+    leased: bool,
+    sync_every: int | None = None,
+    token_file: str | None = None,
+    tls_ca: str | None = None,
+    tls_cert: str | None = None,
+    tls_key: str | None = None,
+) -> GivenServer | None:
+    """The server of a run, asked before anything is prepared whether it would have it; None where none is given.
+
+    Collective. ForgatherError where token, certificate, H or leases are not those of the server.
+    """
+    if server is None:
+        return None
+    address = server_named(server, token_file=token_file, tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key)
+    require_welcome(address, sync_every, is_leased=leased)
+    return GivenServer(address, sync_every)
+
+
 def build_worker(
     model: nn.Module,
     optimizer: Optimizer,
@@ -41,14 +71,9 @@ def build_worker(
     run: RunFolder,
     meter: Meter,
     *,
-    server: str | None,
+    server: GivenServer | None,
     worker: str | None = None,
-    sync_every: int | None = None,
     patience_s: float = 30.0,
-    token_file: str | None = None,
-    tls_ca: str | None = None,
-    tls_cert: str | None = None,
-    tls_key: str | None = None,
     package: PackageLike | None = None,
     tokenizer: object = None,
     leases: LeaseDesk | None = None,
@@ -71,11 +96,11 @@ def build_worker(
     return DiLoCo(
         model,
         optimizer,
-        server_named(server, token_file=token_file, tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key),
+        server.address,
         worker,
         default_worker=default_name(run.dir.name),
         tokens_per_step=data.tokens_per_step,
-        sync_every=sync_every,
+        sync_every=server.sync_every,
         patience_s=patience_s,
         key_file=Path(run.dir) / KEY_NAME,
         mesh=", ".join(f"{axis} {size}" for axis, size in mesh.sizes.items() if size > 1) or "one process",

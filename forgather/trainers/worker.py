@@ -22,11 +22,13 @@ def run_worker(project: Project, *, fresh: bool = False, dry_run: bool = False, 
 
     With `fresh` the run gets another folder instead of going on; `dry_run` does all but train; `refresh_model` rebuilds
     a model package that the configuration has outgrown. Needs the targets `environment` and, for the two flags, `fresh`
-    and `package`, which `lib:train/causal_lm.yaml` has.
+    and `package`, which `lib:train/causal_lm.yaml` has. A target `preflight` is built before all that takes long.
     """
     session = project.session()
     environment = _of_kind(project, "environment", session.build("environment"), Environment)
     require_equal("the resolved configuration", project.digest)
+    if project.has("preflight"):
+        session.build("preflight")
     if refresh_model:
         _require_target(project, "package", "--refresh-model", "package: !ref model_project.package")
         # Whoever comes first rebuilds it, under the package's lock; the others find it equal.

@@ -15,7 +15,7 @@ from forgather.diloco.address import naming, server_named
 from forgather.diloco.certificates import is_for, make_certificates, own_names
 from forgather.diloco.security import SecurityError
 from forgather.diloco.tls import client_context, server_context
-from forgather.diloco.training import build_worker
+from forgather.diloco.training import find_server
 from forgather.errors import DistributedError
 
 
@@ -215,5 +215,7 @@ def test_a_server_that_ends_the_connection_may_not_accept_the_certificate(folder
 
 @pytest.mark.parametrize("name", ["token_file", "tls_ca", "tls_cert"])
 def test_remedies_name_what_a_run_takes(name):
-    assert naming(name, "FILE").startswith(f"diloco.{name}=FILE of `train`, --{name.replace('_', '-')} FILE of ")
-    assert name in inspect.signature(build_worker).parameters
+    assert naming(name, "FILE").startswith(
+        f"diloco_address.{name}=FILE of `train`, --{name.replace('_', '-')} FILE of "
+    )
+    assert name in inspect.signature(find_server).parameters

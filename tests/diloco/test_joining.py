@@ -1,12 +1,14 @@
 """How a worker comes to a server that is not there, and what it is told of a run that is too short."""
 
 import time
+from dataclasses import replace
 
 import pytest
 
 from forgather.diloco.address import ServerAddress
-from forgather.diloco.joining import Introduction, join, too_few_steps
+from forgather.diloco.joining import Introduction, join, require_welcome, too_few_steps
 from forgather.diloco.presence import Registered
+from forgather.diloco.security import SecurityError
 from forgather.errors import EXIT_UNAVAILABLE, ConfigError, StoppedError, UnavailableError
 from tests.diloco.loops import address_of
 from tests.diloco.running_server import running_server, settings_of
@@ -49,6 +51,25 @@ def test_a_run_of_another_model_hears_what_differs_and_is_no_worker(tmp_path):
                 trained={"weight": (2,)},
             )
         assert not server.status()["workers"]
+
+
+def test_who_would_not_be_welcome_hears_it_before_the_run_is_ready(tmp_path, capsys):
+    with running_server(tmp_path, VALUES, settings_of(VALUES, sync_every=4)) as server:
+        address = address_of(server)
+        require_welcome(address, 4, is_leased=False)
+        with pytest.raises(SecurityError, match="has another token"):
+            require_welcome(replace(address, token="0123456789abcdef"), None, is_leased=False)
+        with pytest.raises(ConfigError, match="sync_every 4, and this worker was given 8"):
+            require_welcome(address, 8, is_leased=False)
+        with pytest.raises(ConfigError, match="the server leases none"):
+            require_welcome(address, None, is_leased=True)
+        assert not server.status()["workers"]
+    assert not capsys.readouterr().err
+
+
+def test_a_server_that_is_away_may_come_while_the_run_prepares(capsys):
+    require_welcome(NOWHERE, None, is_leased=True)
+    assert "127.0.0.1:9: Connection refused; this run asks again when it is ready" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from forgather import Project
-from forgather.diloco.security import TOKEN_VARIABLE
+from forgather.diloco.security import TOKEN_VARIABLE, SecurityError
 from forgather.diloco.training import KEY_NAME
 from forgather.errors import EXIT_OK, EXIT_RESUMABLE, ConfigError, TrainingError
 from forgather.metrics.sinks import read_rows
@@ -104,6 +104,17 @@ def test_a_run_does_not_go_on_with_a_server_of_another_training(folder, tmp_path
         assert "-o" in str(refused.value.fix)
         assert other.status()["versions"] == [0]
     assert all(torch.equal(value, before[name]) for name, value in weights_of(folder, arguments["run_name"], 3).items())
+
+
+def test_a_run_with_a_wrong_token_has_prepared_nothing(folder, tmp_path, monkeypatch):  # noqa: F811
+    built: list[str] = []
+    monkeypatch.setattr("forgather.trainers.worker._build", lambda *_: built.append("main"))
+    with server_of(folder, tmp_path, monkeypatch) as (server, arguments):
+        monkeypatch.setenv(TOKEN_VARIABLE, "another-token-than-it-has")
+        with pytest.raises(SecurityError, match="has another token"):
+            run_worker(Project(folder, args=arguments), dry_run=True)
+        assert not server.status()["workers"]
+    assert not built
 
 
 def test_the_server_may_tell_a_run_to_save_and_to_stop(folder, tmp_path, monkeypatch):  # noqa: F811
