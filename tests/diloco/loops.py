@@ -5,9 +5,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from forgather.checkpoint.state import TrainState
 from forgather.diloco.address import ServerAddress
 from forgather.diloco.worker import DiLoCo
+from forgather.distributed.collectives import gather_objects
+from forgather.tensor_boxes import local_box
 from tests.diloco.running_server import RunningServer
 
 
@@ -76,3 +80,36 @@ def equals_server(model: nn.Module, server: RunningServer) -> bool:
         torch.equal(parameter.detach(), server.published(name).to(parameter.dtype))
         for name, parameter in model.named_parameters()
     )
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """This rank's parameters by the names that they have in a checkpoint: tied ones once."""
+    return TrainState(model, torch.optim.SGD(model.parameters())).weights()
+
+
+def step_of_any_mesh(model: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> None:
+    """A step whose gradients depend on nothing but the step and the parameter: the same on any mesh, to the bit."""
+    for name, parameter in weights_of(model).items():
+        generator = torch.Generator().manual_seed(sum(map(ord, name)) + 1000 * number)
+        gradient = torch.randn(parameter.shape, generator=generator)
+        for dim, (start, size) in enumerate(zip(*local_box(parameter), strict=True)):
+            gradient = gradient.narrow(dim, start, size)
+        if isinstance(parameter, DTensor):
+            parameter.grad = DTensor(gradient.contiguous(), parameter._spec, requires_grad=False)
+        else:
+            parameter.grad = gradient.contiguous()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def whole(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters of the whole model, on every rank; those that several ranks have must be equal. Collective."""
+    mine = {
+        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
+        for name, value in weights_of(model).items()
+    }
+    merged: dict[str, Tensor] = {}
+    for values in gather_objects(mine):
+        for name, value in values.items():
+            assert torch.equal(merged.setdefault(name, value), value)
+    return merged

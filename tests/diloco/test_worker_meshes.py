@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 from forgather.checkpoint.run_folder import RunFolder
 from forgather.checkpoint.state import TrainState
@@ -18,9 +17,9 @@ from forgather.checkpoint.store import CheckpointStore
 from forgather.diloco.address import ServerAddress
 from forgather.diloco.outer import Nesterov
 from forgather.diloco.worker import DiLoCo
-from forgather.distributed.collectives import gather_objects, rank, world_size
-from forgather.tensor_boxes import local_box, local_part
-from tests.diloco.loops import address_of, small_model, values_of
+from forgather.distributed.collectives import rank, world_size
+from forgather.tensor_boxes import local_part
+from tests.diloco.loops import address_of, small_model, step_of_any_mesh, values_of, whole
 from tests.diloco.running_server import running_server, settings_of
 from tests.ranks import RankPool
 
@@ -38,22 +37,8 @@ def model_on(mesh: str) -> nn.Module:
         return stage
     if mesh == "fsdp":
         fully_shard(model, mesh=init_device_mesh("cpu", (world_size(),)))
+        assert all(local_part(parameter).shape != parameter.shape for parameter in model.parameters())
     return model
-
-
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> None:
-    """A step whose gradients depend on nothing but the step and the parameter: the same on any mesh."""
-    for name, parameter in model.named_parameters():
-        generator = torch.Generator().manual_seed(sum(map(ord, name)) + 1000 * number)
-        gradient = torch.randn(parameter.shape, generator=generator)
-        for dim, (start, size) in enumerate(zip(*local_box(parameter), strict=True)):
-            gradient = gradient.narrow(dim, start, size)
-        if isinstance(parameter, DTensor):
-            parameter.grad = DTensor(gradient.contiguous(), parameter._spec, requires_grad=False)
-        else:
-            parameter.grad = gradient
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 def work(
@@ -69,28 +54,12 @@ def work(
             assert store.resume(state) is not None
         with diloco:
             while diloco.steps < until:
-                step(model, optimizer, diloco.steps)
+                step_of_any_mesh(model, optimizer, diloco.steps)
             if saves:
                 store.save(state, until)
             else:
                 diloco.settle()
     return {"values": whole(model), "owned": [holding.slice for holding in diloco._holdings.mine if holding.is_owned]}
-
-
-def whole(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters of the whole model, on every rank; those that several ranks have must be equal."""
-    merged: dict[str, Tensor] = {}
-    for values in gather_objects({name: full(parameter) for name, parameter in model.named_parameters()}):
-        for name, value in values.items():
-            assert torch.equal(merged.setdefault(name, value), value)
-    return merged
-
-
-def full(parameter: Tensor) -> Tensor:
-    if not isinstance(parameter, DTensor):
-        return parameter.detach().clone()
-    assert local_part(parameter).shape != parameter.shape
-    return parameter.full_tensor().detach()
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +149,7 @@ def heard_differently(address: ServerAddress, folder: Path) -> tuple[int, list[s
     with RunFolder(folder) as run, CheckpointStore(run, asynchronous=False) as store:
         with suppress(_KilledError), diloco:
             while diloco.steps < 2:
-                step(model, optimizer, diloco.steps)
+                step_of_any_mesh(model, optimizer, diloco.steps)
             exchange = diloco._session.flights.under_way[0].exchange
             exchange.encoded()
             if rank() == 1:
