@@ -11,7 +11,7 @@ from forgather.cli.options import Options
 from forgather.cli.parser import CommandParser, UsageError, split
 
 # How a flag of this verb is said to `train`.
-_WORDS = {"--server": "--diloco-server", "--worker": "--diloco-worker"}
+_WORDS = {"--server": "--diloco-server", "--worker": "--diloco-worker", "--sync-every": "--diloco-sync-every"}
 _VARIABLES = {
     "--token-file": "FORGATHER_DILOCO_TOKEN_FILE",
     "--tls-ca": "FORGATHER_DILOCO_TLS_CA",
@@ -51,7 +51,7 @@ def as_train(arguments: Sequence[str], environ: MutableMapping[str, str] | None 
     before, own, after = words[:command], words[command + 1 : train], words[train + 1 :]
     if not own or "worker" not in own or any(word in ("-h", "--help") for word in own):
         return None
-    flags = dict.fromkeys([*_WORDS, *_VARIABLES, *_SELECTION, "--sync-every", "-p", "-t"], True)
+    flags = dict.fromkeys([*_WORDS, *_VARIABLES, *_SELECTION, "-p", "-t"], True)
     line = split(own, flags, {"-p": "--project", "-t": "--config"}, words=False)
     if line.positionals != ["worker"]:
         return None
@@ -68,8 +68,6 @@ def as_train(arguments: Sequence[str], environ: MutableMapping[str, str] | None 
             environ[_VARIABLES[name]] = os.path.abspath(os.path.expanduser(value))  # noqa: PTH100, PTH111  pathlib is slow to import
         elif name in _SELECTION:
             rewritten += [name, value]
-        elif name == "--sync-every":
-            rewritten.append(f"diloco_address.sync_every={value}")
         else:
             rewritten += [_WORDS[name], value]
     return [*rewritten, *after]

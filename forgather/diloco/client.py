@@ -228,8 +228,9 @@ class Client:
             self.close()
             if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
                 raise self.address.unreachable(error) from error  # a wrong certificate does not mend itself
-            if self.address.tls is not None and isinstance(error, ENDED) and not self._was_answered:
-                said = self.address.unreachable(error)  # what that may be
+            ended = ENDED if self.address.tls is not None else (ConnectionResetError, http.client.HTTPException)
+            if isinstance(error, ended) and not self._was_answered:
+                said = self.address.unreachable(error)  # what that may be: TLS on one side alone, for one
                 raise UnreachableError(said.message, fix=said.fix) from error
             raise UnreachableError(f"{self.address}: {_reason(error)}") from error
         except BaseException:

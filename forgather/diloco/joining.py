@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from forgather.diloco.address import ServerAddress
-from forgather.diloco.client import Client, RemovedError, UnreachableError
+from forgather.diloco.client import Client, RemovedError, UnknownWorkerError, UnreachableError
+from forgather.diloco.frame import ProtocolError
 from forgather.diloco.membership import Backoff, Membership, require_parameters
 from forgather.diloco.presence import WORKER_NAME, Register, Registered
 from forgather.diloco.security import write_secret
 from forgather.diloco.settings import Settings
 from forgather.distributed.collectives import broadcast_object, rank
-from forgather.errors import ConfigError, ForgatherError, StoppedError, UnavailableError
+from forgather.errors import ConfigError, DistributedError, ForgatherError, StoppedError, UnavailableError
 
 _FEW_ROUNDS = 50  # in fewer, and with this much momentum, too much of each round's way is made again in the next
 _HIGH_MOMENTUM = 0.7
@@ -80,7 +81,8 @@ def require_expected(settings: Settings, sync_every: int | None, *, is_leased: b
     if sync_every is not None and sync_every != settings.sync_every:
         raise ConfigError(
             f"the server has sync_every {settings.sync_every}, and this worker was given {sync_every}",
-            fix=f"leave out --sync-every: the server's is in force; or start the server with {sync_every}",
+            fix="leave out --diloco-sync-every, or --sync-every of `diloco worker`: the server's is in force; "
+            f"or start the server with --sync-every {sync_every}",
         )
     if is_leased and not settings.work_units:
         raise ConfigError(
@@ -90,19 +92,28 @@ def require_expected(settings: Settings, sync_every: int | None, *, is_leased: b
 
 
 def require_welcome(
-    address: ServerAddress, sync_every: int | None, *, is_leased: bool, timeout_s: float = 10.0
+    address: ServerAddress | None, sync_every: int | None = None, *, is_leased: bool, timeout_s: float = 10.0
 ) -> None:
     """Ask the server, before a run has prepared anything, for what would keep it out. Collective; raised on all ranks.
 
-    Nothing is registered. One that is away may be there when the run is ready: that is said, and is no error.
+    Rank 0 asks; nothing is registered. A server that is away may be there when the run is ready: that is said, and is
+    no error. Without an `address` there is nothing to ask.
     """
+    if address is None:
+        return
     found: ForgatherError | None = None
     if rank() == 0:
         client = Client(address, "", "", timeout_s=timeout_s)
         try:
             require_expected(client.settings(), sync_every, is_leased=is_leased)
         except UnreachableError as error:
-            print(f"note: {error.message}; this run asks again when it is ready", file=sys.stderr, flush=True)
+            remedy = f" ({error.fix})" if error.fix else ""
+            print(f"note: {error.message}; this run asks again when it is ready{remedy}", file=sys.stderr, flush=True)
+        except (UnknownWorkerError, ProtocolError) as error:
+            found = DistributedError(
+                f"{address} does not answer as a DiLoCo server of this version does: {error.message}",
+                fix=error.fix or "see that the port is the one that `forgather diloco server` printed",
+            )
         except ForgatherError as error:
             found = error
         finally:

@@ -49,4 +49,7 @@ class Settings:
                 f"the server, or the checkpoint of a worker, speaks protocol {spoken}, and this version {PROTOCOL}",
                 fix="install the same version of forgather on all machines, and begin the run with it",
             )
-        return cls(**{name: each for name, each in value.items() if name in known})
+        try:
+            return cls(**{name: each for name, each in value.items() if name in known})
+        except TypeError as error:
+            raise ProtocolError(f"these are no settings of a training: {error}") from None

@@ -30,7 +30,7 @@ def client_context(
     if (certificate is None) != (key is None):
         raise SecurityError(
             "a certificate and its key are given together, or neither",
-            fix="name both, as tls_cert and tls_key (`diloco ...` has flags for them), or neither",
+            fix="name both: diloco_address.tls_cert and .tls_key of `train`, --tls-cert and --tls-key of `diloco ...`",
         )
     if certificate is not None and key is not None:
         _load_pair(context, certificate, key)

@@ -1,7 +1,6 @@
 """DiLoCo in a training config: what `lib:train/causal_lm.yaml` builds from `--diloco-server` and its siblings."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -13,23 +12,16 @@ from forgather.data.loader import Loader
 from forgather.data.order import Permutation
 from forgather.data.tokenizers import tokenizer_digest
 from forgather.diloco.address import ServerAddress, server_named
-from forgather.diloco.joining import default_name, require_welcome
+from forgather.diloco.joining import default_name
 from forgather.diloco.lease_desk import LeaseDesk
 from forgather.diloco.leased_order import LeasedOrder
 from forgather.diloco.worker import DiLoCo
+from forgather.distributed.collectives import failing_together
 from forgather.distributed.mesh import Mesh
 from forgather.errors import ConfigError
 from forgather.metrics.meter import Meter
 
 KEY_NAME = "diloco.key"  # in the run's folder
-
-
-@dataclass(frozen=True)
-class GivenServer:
-    """The server that a run was given, and the H that it expects there; None where it takes any."""
-
-    address: ServerAddress
-    sync_every: int | None = None
 
 
 class PackageLike(Protocol):
@@ -42,25 +34,19 @@ def order_of(order: Permutation, leases: LeaseDesk, rows_per_step: int) -> Permu
     return LeasedOrder(order, leases, rows_per_step=rows_per_step) if leases.is_open else order
 
 
-def find_server(
+def address_of_server(
     server: str | None,
     *,
-    leased: bool,
-    sync_every: int | None = None,
     token_file: str | None = None,
     tls_ca: str | None = None,
     tls_cert: str | None = None,
     tls_key: str | None = None,
-) -> GivenServer | None:
-    """The server of a run, asked before anything is prepared whether it would have it; None where none is given.
-
-    Collective. ForgatherError where token, certificate, H or leases are not those of the server.
-    """
+) -> ServerAddress | None:
+    """`server_named` for a run that may have none. Collective, as a file may be missing on one machine alone."""
     if server is None:
         return None
-    address = server_named(server, token_file=token_file, tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key)
-    require_welcome(address, sync_every, is_leased=leased)
-    return GivenServer(address, sync_every)
+    with failing_together():
+        return server_named(server, token_file=token_file, tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key)
 
 
 def build_worker(
@@ -71,8 +57,9 @@ def build_worker(
     run: RunFolder,
     meter: Meter,
     *,
-    server: GivenServer | None,
+    server: ServerAddress | str | None,
     worker: str | None = None,
+    sync_every: int | None = None,
     patience_s: float = 30.0,
     package: PackageLike | None = None,
     tokenizer: object = None,
@@ -96,11 +83,11 @@ def build_worker(
     return DiLoCo(
         model,
         optimizer,
-        server.address,
+        server,
         worker,
         default_worker=default_name(run.dir.name),
         tokens_per_step=data.tokens_per_step,
-        sync_every=server.sync_every,
+        sync_every=sync_every,
         patience_s=patience_s,
         key_file=Path(run.dir) / KEY_NAME,
         mesh=", ".join(f"{axis} {size}" for axis, size in mesh.sizes.items() if size > 1) or "one process",

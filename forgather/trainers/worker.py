@@ -27,14 +27,14 @@ def run_worker(project: Project, *, fresh: bool = False, dry_run: bool = False, 
     session = project.session()
     environment = _of_kind(project, "environment", session.build("environment"), Environment)
     require_equal("the resolved configuration", project.digest)
-    if project.has("preflight"):
-        session.build("preflight")
-    if refresh_model:
-        _require_target(project, "package", "--refresh-model", "package: !ref model_project.package")
-        # Whoever comes first rebuilds it, under the package's lock; the others find it equal.
-        session.build("package").write(refresh=True)
     log = RankLog(environment.rank)
     try:
+        if project.has("preflight"):
+            session.build("preflight", given=_given(project, fresh))
+        if refresh_model:
+            _require_target(project, "package", "--refresh-model", "package: !ref model_project.package")
+            # Whoever comes first rebuilds it, under the package's lock; the others find it equal.
+            session.build("package").write(refresh=True)
         return _work(project, session, environment, log, fresh=fresh, dry_run=dry_run)
     except Exception as error:
         append("".join(traceback.format_exception(error)))
@@ -104,11 +104,14 @@ def _end(trainer: Trainer, outcome: Outcome) -> int:
 
 
 def _build(project: Project, session: Any, fresh: bool) -> Trainer:
-    given = {}
-    if fresh:
-        _require_target(project, "fresh", "--fresh", "fresh: false, and use it in its run folder")
-        given["fresh"] = True
-    return _of_kind(project, "main", session.build("main", given=given), Trainer)
+    return _of_kind(project, "main", session.build("main", given=_given(project, fresh)), Trainer)
+
+
+def _given(project: Project, fresh: bool) -> dict[str, Any]:
+    if not fresh:
+        return {}
+    _require_target(project, "fresh", "--fresh", "fresh: false, and use it in its run folder")
+    return {"fresh": True}
 
 
 def _of_kind(project: Project, target: str, built: object, kind: type[Kind]) -> Kind:

@@ -14,7 +14,7 @@ def test_a_worker_is_a_train_command_with_a_server():
 
 def test_the_h_that_is_expected_is_a_word_of_the_config():
     line = "diloco worker --server a --sync-every 20 train"
-    assert as_train(line.split(), {}) == ["train", "--diloco-server", "a", "diloco_address.sync_every=20"]
+    assert as_train(line.split(), {}) == ["train", "--diloco-server", "a", "--diloco-sync-every", "20"]
 
 
 def test_secrets_go_into_the_environment_and_not_into_the_line(tmp_path):

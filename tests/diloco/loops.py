@@ -1,13 +1,16 @@
 """Small training loops around DiLoCo, and what they are compared with."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from forgather.checkpoint.run_folder import RunFolder
 from forgather.checkpoint.state import TrainState
+from forgather.checkpoint.store import CheckpointStore
 from forgather.diloco.address import ServerAddress
 from forgather.diloco.worker import DiLoCo
 from forgather.distributed.collectives import gather_objects
@@ -82,14 +85,9 @@ def equals_server(model: nn.Module, server: RunningServer) -> bool:
     )
 
 
-def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """This rank's parameters by the names that they have in a checkpoint: tied ones once."""
-    return TrainState(model, torch.optim.SGD(model.parameters())).weights()
-
-
 def step_of_any_mesh(model: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> None:
     """A step whose gradients depend on nothing but the step and the parameter: the same on any mesh, to the bit."""
-    for name, parameter in weights_of(model).items():
+    for name, parameter in model.named_parameters():
         generator = torch.Generator().manual_seed(sum(map(ord, name)) + 1000 * number)
         gradient = torch.randn(parameter.shape, generator=generator)
         for dim, (start, size) in enumerate(zip(*local_box(parameter), strict=True)):
@@ -102,11 +100,38 @@ def step_of_any_mesh(model: nn.Module, optimizer: torch.optim.Optimizer, number:
     optimizer.zero_grad()
 
 
+def train_as_worker(
+    model: nn.Module,
+    address: ServerAddress,
+    folder: Path,
+    *,
+    until: int,
+    is_resumed: bool = False,
+    end: Callable[[DiLoCo], None] = DiLoCo.settle,
+    saves: bool = False,
+) -> DiLoCo:
+    """Train `model` up to step `until` as the worker alpha, from the start or from the checkpoint in `folder`."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    diloco = DiLoCo(model, optimizer, address, "alpha", say=lambda text: None)
+    state = TrainState(model, optimizer, {"diloco": diloco})
+    with RunFolder(folder) as run, CheckpointStore(run, asynchronous=False) as store:
+        if is_resumed:
+            assert store.resume(state) is not None
+        with diloco:
+            while diloco.steps < until:
+                step_of_any_mesh(model, optimizer, diloco.steps)
+            if saves:
+                store.save(state, until)
+            else:
+                end(diloco)
+    return diloco
+
+
 def whole(model: nn.Module) -> dict[str, Tensor]:
     """The parameters of the whole model, on every rank; those that several ranks have must be equal. Collective."""
     mine = {
         name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
-        for name, value in weights_of(model).items()
+        for name, value in model.named_parameters()
     }
     merged: dict[str, Tensor] = {}
     for values in gather_objects(mine):

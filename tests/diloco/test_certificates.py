@@ -15,7 +15,7 @@ from forgather.diloco.address import naming, server_named
 from forgather.diloco.certificates import is_for, make_certificates, own_names
 from forgather.diloco.security import SecurityError
 from forgather.diloco.tls import client_context, server_context
-from forgather.diloco.training import find_server
+from forgather.diloco.training import address_of_server
 from forgather.errors import DistributedError
 
 
@@ -218,4 +218,4 @@ def test_remedies_name_what_a_run_takes(name):
     assert naming(name, "FILE").startswith(
         f"diloco_address.{name}=FILE of `train`, --{name.replace('_', '-')} FILE of "
     )
-    assert name in inspect.signature(find_server).parameters
+    assert name in inspect.signature(address_of_server).parameters

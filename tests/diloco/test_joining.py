@@ -1,18 +1,22 @@
 """How a worker comes to a server that is not there, and what it is told of a run that is too short."""
 
+import socket
+import threading
 import time
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from forgather.diloco.address import ServerAddress
+from forgather.diloco.address import ServerAddress, naming
 from forgather.diloco.joining import Introduction, join, require_welcome, too_few_steps
 from forgather.diloco.presence import Registered
 from forgather.diloco.security import SecurityError
-from forgather.errors import EXIT_UNAVAILABLE, ConfigError, StoppedError, UnavailableError
+from forgather.errors import EXIT_UNAVAILABLE, ConfigError, DistributedError, StoppedError, UnavailableError
 from tests.diloco.loops import address_of
 from tests.diloco.running_server import running_server, settings_of
 from tests.diloco.test_exchange import VALUES
+from tests.ranks import RankPool
 
 NOWHERE = ServerAddress("127.0.0.1", 9)
 
@@ -67,9 +71,56 @@ def test_who_would_not_be_welcome_hears_it_before_the_run_is_ready(tmp_path, cap
     assert not capsys.readouterr().err
 
 
+@pytest.mark.parametrize("body", ["<html>", "{}", '{"protocol": 3}', None], ids=["page", "empty", "part", "none"])
+def test_a_server_of_another_kind_is_named(body):
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(404 if body is None else 200)
+            self.end_headers()
+            self.wfile.write((body or "").encode())
+
+        def log_message(self, format: str, *args: object) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        address = ServerAddress("127.0.0.1", server.server_port)
+        with pytest.raises(DistributedError, match=f"{address} does not answer as a DiLoCo server") as raised:
+            require_welcome(address, is_leased=False)
+        thread.join()
+    assert raised.value.fix
+
+
+def test_what_speaks_no_http_may_be_a_server_with_tls(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def end() -> None:
+            listening.accept()[0].close()
+
+        thread = threading.Thread(target=end)
+        thread.start()
+        require_welcome(ServerAddress("127.0.0.1", listening.getsockname()[1]), is_leased=False)
+        thread.join()
+    assert naming("tls_ca", "CA.pem") in capsys.readouterr().err
+
+
+def test_all_ranks_hear_that_they_are_not_welcome(tmp_path):
+    with running_server(tmp_path, VALUES, settings_of(VALUES)) as server, RankPool(2) as two_ranks:
+        wrong = replace(address_of(server), token="0123456789abcdef")
+        assert two_ranks.run(refusal, wrong) == [f"{wrong} has another token"] * 2
+
+
+def refusal(address: ServerAddress) -> str:
+    try:
+        require_welcome(address, is_leased=False)
+    except SecurityError as error:
+        return error.message
+    return ""
+
+
 def test_a_server_that_is_away_may_come_while_the_run_prepares(capsys):
     require_welcome(NOWHERE, None, is_leased=True)
-    assert "127.0.0.1:9: Connection refused; this run asks again when it is ready" in capsys.readouterr().err
+    assert "127.0.0.1:9: Connection refused; this run asks again when it is ready\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from forgather import Project
-from forgather.diloco.security import TOKEN_VARIABLE, SecurityError
+from forgather.diloco.address import naming
+from forgather.diloco.security import TOKEN_VARIABLE, write_secret
 from forgather.diloco.training import KEY_NAME
-from forgather.errors import EXIT_OK, EXIT_RESUMABLE, ConfigError, TrainingError
+from forgather.errors import EXIT_OK, EXIT_RESUMABLE, ConfigError, ForgatherError, TrainingError
 from forgather.metrics.sinks import read_rows
 from forgather.trainers.worker import run_worker
 from tests.diloco.running_server import TOKEN, RunningServer, running_server, settings_of
@@ -106,13 +107,25 @@ def test_a_run_does_not_go_on_with_a_server_of_another_training(folder, tmp_path
     assert all(torch.equal(value, before[name]) for name, value in weights_of(folder, arguments["run_name"], 3).items())
 
 
-def test_a_run_with_a_wrong_token_has_prepared_nothing(folder, tmp_path, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize(
+    ("settings", "given", "said"),
+    [
+        ({"work_units": 0}, {}, "the server leases none"),
+        ({}, {"diloco_sync_every": 9}, "this worker was given 9"),
+        ({}, {"token": "another-token-than-it-has"}, "has another token"),
+    ],
+    ids=["leases", "H", "token"],
+)
+def test_a_run_that_is_not_welcome_has_prepared_nothing(folder, tmp_path, monkeypatch, settings, given, said):  # noqa: F811
     built: list[str] = []
     monkeypatch.setattr("forgather.trainers.worker._build", lambda *_: built.append("main"))
-    with server_of(folder, tmp_path, monkeypatch) as (server, arguments):
-        monkeypatch.setenv(TOKEN_VARIABLE, "another-token-than-it-has")
-        with pytest.raises(SecurityError, match="has another token"):
-            run_worker(Project(folder, args=arguments), dry_run=True)
+    with server_of(folder, tmp_path, monkeypatch, **settings) as (server, arguments):
+        monkeypatch.delenv(TOKEN_VARIABLE)
+        write_secret(tmp_path / "token", given.pop("token", TOKEN).encode())
+        key, _, _ = naming("token_file", "COPY").partition("=")  # as remedies name it
+        project = Project(folder, args=arguments | given, words=[f"{key}={tmp_path / 'token'}"])
+        with pytest.raises(ForgatherError, match=said):
+            run_worker(project, dry_run=True)
         assert not server.status()["workers"]
     assert not built
 

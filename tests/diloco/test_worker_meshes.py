@@ -19,7 +19,7 @@ from forgather.diloco.outer import Nesterov
 from forgather.diloco.worker import DiLoCo
 from forgather.distributed.collectives import rank, world_size
 from forgather.tensor_boxes import local_part
-from tests.diloco.loops import address_of, small_model, step_of_any_mesh, values_of, whole
+from tests.diloco.loops import address_of, small_model, step_of_any_mesh, train_as_worker, values_of, whole
 from tests.diloco.running_server import running_server, settings_of
 from tests.ranks import RankPool
 
@@ -41,24 +41,10 @@ def model_on(mesh: str) -> nn.Module:
     return model
 
 
-def work(
-    mesh: str, address: ServerAddress, folder: Path, *, until: int, is_resumed: bool = False, saves: bool = False
-) -> dict[str, Any]:
-    """Train up to step `until`, from the start or from a checkpoint; what the parameters are, and what was held."""
+def work(mesh: str, address: ServerAddress, folder: Path, **others: Any) -> dict[str, Any]:
+    """Train, from the start or from a checkpoint; what the parameters are, and what was held."""
     model = model_on(mesh)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    diloco = DiLoCo(model, optimizer, address, "alpha", say=lambda text: None)
-    state = TrainState(model, optimizer, {"diloco": diloco})
-    with RunFolder(folder) as run, CheckpointStore(run, asynchronous=False) as store:
-        if is_resumed:
-            assert store.resume(state) is not None
-        with diloco:
-            while diloco.steps < until:
-                step_of_any_mesh(model, optimizer, diloco.steps)
-            if saves:
-                store.save(state, until)
-            else:
-                diloco.settle()
+    diloco = train_as_worker(model, address, folder, **others)
     return {"values": whole(model), "owned": [holding.slice for holding in diloco._holdings.mine if holding.is_owned]}
 
 

@@ -8,14 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from forgather.checkpoint.run_folder import RunFolder
-from forgather.checkpoint.state import TrainState
-from forgather.checkpoint.store import CheckpointStore
 from forgather.diloco.address import ServerAddress
 from forgather.diloco.fragments import divide
 from forgather.diloco.outer import Nesterov
 from forgather.diloco.worker import DiLoCo
-from tests.diloco.loops import address_of, step_of_any_mesh, weights_of, whole
+from tests.diloco.loops import address_of, train_as_worker, values_of, whole
 from tests.diloco.running_server import running_server, settings_of
 from tests.ranks import RankPool
 from tests.trainers.staged import Staged
@@ -44,23 +41,10 @@ def model_on(axes: Axes) -> nn.Module:
     return Staged(axes, {"tied": True}, groups=True, plan=plan).model
 
 
-def work(
-    axes: Axes, address: ServerAddress, folder: Path, *, until: int = STEPS, is_resumed: bool = False
-) -> dict[str, Tensor]:
-    """Train up to step `until`, from the start or a checkpoint, and save; the parameters of the whole model."""
+def work(axes: Axes, address: ServerAddress, folder: Path, **others: Any) -> dict[str, Tensor]:
+    """Train to the end, or up to a checkpoint; the parameters of the whole model."""
     model = model_on(axes)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    diloco = DiLoCo(model, optimizer, address, "alpha", say=lambda text: None)
-    state = TrainState(model, optimizer, {"diloco": diloco})
-    with RunFolder(folder) as run, CheckpointStore(run, asynchronous=False) as store:
-        if is_resumed:
-            assert store.resume(state) is not None
-        with diloco:
-            while diloco.steps < until:
-                step_of_any_mesh(model, optimizer, diloco.steps)
-            if until == STEPS:
-                diloco.finish()
-            store.save(state, until)
+    train_as_worker(model, address, folder, end=DiLoCo.finish, **{"until": STEPS} | others)
     return whole(model)
 
 
@@ -72,7 +56,7 @@ def a_server(folder: Path, first: dict[str, Tensor]) -> Any:
 
 @pytest.fixture(scope="module")
 def first() -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in weights_of(model_on(ONE)).items()}
+    return values_of(model_on(ONE))
 
 
 @pytest.fixture(scope="module")
@@ -118,5 +102,5 @@ def test_it_goes_on_from_its_checkpoint_on_another_mesh(tmp_path, four_ranks, fi
             arguments = (axes, address_of(server), tmp_path / "run")
             return work(*arguments, **others) if axes == ONE else four_ranks.run(work, *arguments, **others)[0]
 
-        run(before, until=SAVED_AT)
+        run(before, until=SAVED_AT, saves=True)
         assert_same(run(after, is_resumed=True), alone)
