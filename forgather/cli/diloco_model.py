@@ -87,7 +87,7 @@ def model_of_folder(folder: Path, options: Options) -> ServedModel:
     if digest is not None and digest != package_digest(ModelFolder(folder).dir):
         raise ConfigError(
             f"the model in {folder}, made before, is not that of {_source(options)}",
-            fix=f"-o ANOTHER begins with that one; without it, the one in {folder} is trained further",
+            fix=f"-o ANOTHER begins with that one; started without {_source(options)}, the server goes on with its own",
         )
     return served_model(folder)
 

@@ -193,7 +193,7 @@ class Coordinator:
         """Nobody is to wait for this worker."""
         self.run.say(f"worker {worker} {how}")
         if self.ledger is not None:
-            self.ledger.release(worker)
+            self.ledger.release(worker, self.intake.rows_of(worker))
         self.wake()
 
     def _require_same(self, request: Register) -> None:
@@ -277,6 +277,9 @@ class Coordinator:
     async def __aenter__(self) -> Self:
         if self.ledger is not None:
             self.ledger.open(self.run.dir / "leases.jsonl")
+            for member in self.members:
+                if not member.is_live:  # what it had brought, and was not counted, went with the process before
+                    self.ledger.release(member.name)
         self._tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._close_rounds())]
         return self
 
@@ -306,7 +309,12 @@ class Coordinator:
 
     async def _watch(self) -> None:
         """Notice who is dead, deadlines, and when all have left."""
+        has_leases_of_unknown = self.ledger is not None
         while not self.stopped.is_set():
+            if has_leases_of_unknown and not self.members.expects_unknown:
+                assert self.ledger is not None, "leases are its"
+                self.ledger.release_all_but({member.name for member in self.members})
+                has_leases_of_unknown = False
             for worker in self.members.expire():
                 self.gone(worker, "is dead: no heartbeat")  # it is still expected, should it be back in time
             deadline = self.rounds.next_deadline()

@@ -5,7 +5,7 @@ before room is taken for it.
 """
 
 import asyncio
-from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterable, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import replace
 
@@ -194,6 +194,10 @@ class Intake:
             is_older = held.fragment == identity.fragment and held.round < identity.round
             if held.worker == identity.worker and is_older and held.num_missing:
                 self.drop(*key)
+
+    def rows_of(self, worker: str) -> list[Mapping[str, int]]:
+        """The rows in what is complete of this worker, which waits to be counted."""
+        return [dict(held.consumed) for held in self._held.values() if held.worker == worker and not held.num_missing]
 
     def drop(self, fragment: int, worker: str, round: int) -> None:
         """Forget a contribution: it was used, or is not wanted."""

@@ -110,8 +110,9 @@ def require_welcome(
             remedy = f" ({error.fix})" if error.fix else ""
             print(f"note: {error.message}; this run asks again when it is ready{remedy}", file=sys.stderr, flush=True)
         except (UnknownWorkerError, ProtocolError) as error:
+            how = "HTTP status 404" if isinstance(error, UnknownWorkerError) else error.message
             found = DistributedError(
-                f"{address} does not answer as a DiLoCo server of this version does: {error.message}",
+                f"{address} does not answer as a DiLoCo server of this version does: {how}",
                 fix=error.fix or "see that the port is the one that `forgather diloco server` printed",
             )
         except ForgatherError as error:

@@ -5,7 +5,7 @@ nor the outer step waits for that.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,11 @@ class Ledger:
     def begin(self, worker: str, run: str) -> None:
         self._tell(lambda: self._units.begin(worker, run))
 
-    def release(self, worker: str) -> None:
-        self._tell(lambda: self._units.release(worker))
+    def release(self, worker: str, held: Sequence[Mapping[str, int]] = ()) -> None:
+        self._tell(lambda: self._units.release(worker, held))
+
+    def release_all_but(self, workers: Collection[str]) -> None:
+        self._tell(lambda: self._units.release_all_but(workers))
 
     def count(self, worker: str, consumed: Mapping[str, int]) -> None:
         self._tell(lambda: self._units.count(worker, consumed))

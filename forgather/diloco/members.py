@@ -93,8 +93,11 @@ class Members:
 
     def may_come(self, name: str) -> bool:
         """Whether a worker lives, or may: one of which nothing was saved has as long to come as a lease."""
-        if name in self._by_name:
-            return self.is_live(name)
+        return self.is_live(name) if name in self._by_name else self.expects_unknown
+
+    @property
+    def expects_unknown(self) -> bool:
+        """Whether workers may still come that were here before, and of which nothing was saved."""
         return self._clock() - self._begun_at <= self._silence_s
 
     def register(self, request: Register) -> Literal["new", "another", "back", "again"]:

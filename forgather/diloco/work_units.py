@@ -13,7 +13,7 @@ which of the rows that it holds are others' by now; what it has trained of them 
 Nothing here waits, writes or knows a network; `lease_journal` keeps the leases.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Self
 
@@ -185,10 +185,22 @@ class WorkUnits:
         for first, stop in _ranges(consumed):
             self._take_back(worker, first, stop)
 
-    def release(self, worker: str) -> None:
-        """The worker has left or is dead: what it has not brought in is leased again. Known leases stay its own."""
-        for first, stop in self._open.get(worker, Spans()):
+    def release(self, worker: str, held: Sequence[Mapping[str, int]] = ()) -> None:
+        """The worker has left or is dead: what it has not brought in is leased again. Known leases stay its own.
+
+        `held` are the rows of its contributions that wait for their rounds: they are to be counted, or refused.
+        """
+        missing = Spans(self._open.get(worker, Spans()))
+        for consumed in held:
+            for first, stop in _ranges(consumed):
+                missing.remove(first, stop)
+        for first, stop in missing:
             self._take_back(worker, first, stop)
+
+    def release_all_but(self, workers: Collection[str]) -> None:
+        """Of others nobody knows any more: what they have not brought in is leased again."""
+        for worker in [name for name in self._open if name not in workers]:
+            self.release(worker)
 
     def status(self) -> dict[str, Any]:
         """The ledger in numbers of rows.

@@ -88,6 +88,7 @@ def test_a_server_of_another_kind_is_named(body):
         with pytest.raises(DistributedError, match=f"{address} does not answer as a DiLoCo server") as raised:
             require_welcome(address, is_leased=False)
         thread.join()
+    assert "''" not in raised.value.message
     assert raised.value.fix
 
 

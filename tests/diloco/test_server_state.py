@@ -926,6 +926,63 @@ def test_work_units_are_leased_counted_and_survive(tmp_path: Path) -> None:
         assert server.status()["ledger"] is None
 
 
+@pytest.mark.parametrize("end", ["leaves", "dies", "is removed"])
+def test_rows_in_a_contribution_that_waits_are_not_leased_again(tmp_path: Path, end: str) -> None:
+    said = settings_of(one(0.0), work_units=5, lease_s=0.3 if end == "dies" else 30.0)
+
+    def lease(worker: Speaker, sequence: int) -> Any:
+        request = {"worker": worker.name, "sequence": sequence, "rows": 10, "order": "o", "at_least": 2, "held": []}
+        return ask(worker.server, "POST", "/v1/units", request, key=worker.key).json["leases"]
+
+    def goes(worker: Speaker) -> None:
+        match end:
+            case "leaves":
+                worker.leave()
+            case "dies":
+                until(lambda: worker.server.status()["workers"][worker.name]["state"] == "dead")
+            case "is removed":
+                worker.server.call(lambda: worker.server.coordinator.controls.kick(worker.name))
+
+    with running_server(tmp_path, one(0.0), said, num_workers=2) as server:
+        first = come(server, "a")[0]
+        assert [lease(first, 0), lease(first, 1)] == [[[0, 2]], [[2, 4]]]
+        assert first.contribute(0, one(1.0), consumed={"0": 2}).json == HELD
+        goes(first)
+        second = come(server, "b")[0]
+        begun = 0 if end == "is removed" else 2  # what it had brought goes with it, or counts
+        assert lease(second, 0) == [[begun, begun + 2]]
+        if end == "is removed":
+            return
+        assert second.contribute(0, one(1.0), consumed={"2": 2}).status == 200
+        until(lambda: server.status()["ledger"]["trained"] == 4)
+        assert server.status()["ledger"]["repeated"] == 0
+
+
+def test_rows_in_a_contribution_that_was_lost_with_the_server_are_leased_again(tmp_path: Path) -> None:
+    """In the state that is saved one worker has left; the other came later, and the server knows its leases alone."""
+    both = one(0.0) | {"b": torch.zeros(2)}
+    said = settings_of(both, [["w"], ["b"]], sync_every=2, work_units=5, lease_s=3.0)
+
+    def lease(worker: Speaker) -> Any:
+        request = {"worker": worker.name, "sequence": 0, "rows": 10, "order": "o", "at_least": 2, "held": []}
+        return ask(worker.server, "POST", "/v1/units", request, key=worker.key).json["leases"]
+
+    with running_server(tmp_path, both, said, num_workers=2) as server:
+        first, other = come(server, "a", "b")
+        assert lease(first) == [[0, 2]]
+        assert first.contribute(0, one(1.0), consumed={"0": 1}).json == HELD
+        assert first.contribute(0, {"b": torch.ones(2)}, fragment=1, consumed={"1": 1}).json == HELD
+        first.leave()
+        other.contribute(0, one(1.0))
+        until(lambda: server.status()["durable"] == [1, 0])
+        late = come(server, "c")[0]
+        assert lease(late) == [[2, 4]]
+    with running_server(tmp_path, both, said, num_workers=2) as server:
+        assert server.status()["ledger"] | {"trained": 1, "taken_back": 1, "leased": 2} == server.status()["ledger"]
+        until(lambda: server.status()["ledger"]["taken_back"] == 3)
+        assert "c" not in server.status()["workers"]
+
+
 def test_a_folder_of_another_model_is_refused_by_its_shapes(tmp_path: Path) -> None:
     with running_server(tmp_path, one(0.0)):
         pass

@@ -71,6 +71,17 @@ def test_a_dead_workers_rows_are_leased_again_first():
     assert units.status() | {"trained": 1, "lost": 2, "leased": 5, "taken_back": 0} == units.status()
 
 
+def test_what_a_dead_worker_has_brought_in_waits_to_be_counted_and_is_not_leased_again():
+    units = WorkUnits(2)
+    dead = one_lease(units, "dead", 0)
+    units.release("dead", [consumed(dead, 2), {"1": 2}])  # of two fragments
+    assert units.status() | {"leased": 3, "taken_back": 2, "lost": 2} == units.status()
+    assert one_lease(units, "other", 0) == Lease(3, 2)
+    units.count("dead", consumed(dead, 3))
+    assert units.status() | {"trained": 3, "repeated": 0} == units.status()
+    assert one_lease(units, "other", 1) == Lease(5, 5)
+
+
 def test_the_same_question_has_the_same_answer():
     units = WorkUnits(3)
     first = one_lease(units, "a", 0)
