@@ -127,7 +127,8 @@ class ServerAddress:
             said = json.loads(data)
             message, fix = str(said["error"]), said.get("fix")
         except (ValueError, LookupError, TypeError, AttributeError):
-            message, fix = f"it answered with HTTP status {status}", None
+            message = f"it answered with HTTP status {status}, and not as a DiLoCo server does"
+            fix = "see that address and port are those that `forgather diloco server` printed"
         return DistributedError(f"{self}: {message}", fix=fix)
 
 
